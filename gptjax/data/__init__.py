@@ -1,0 +1,1 @@
+"""Text, tokens and the batches made of them."""

@@ -1,0 +1,1 @@
+"""Networks: each builds a `gptjax.types.Model` from a config."""

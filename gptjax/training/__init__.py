@@ -1,0 +1,1 @@
+"""Everything between a model and a trained model."""
