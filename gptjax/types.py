@@ -73,9 +73,9 @@ class Model(NamedTuple):
     """All that training, decoding and evals know of a network.
 
     init(key) -> parameters whose leaves are boxed with their logical axes (`gptjax.sharding.unbox` removes the boxes).
-    hidden(params, batch, cache=None, rng=None) -> Output. `rng` turns dropout on. With a `cache`, `batch.positions` must
-        be given; row b's T tokens are written to the cache's slots positions[b, 0] .. positions[b, 0] + T - 1, and
-        each query attends to the slots at or before its own position.
+    hidden(params, batch, cache=None, rng=None) -> Output. `rng` turns dropout on. With a `cache`,
+        `batch.positions` must be given; row b's T tokens are written to the cache's slots positions[b, 0] ..
+        positions[b, 0] + T - 1, and each query attends to the slots at or before its own position.
     unembed(params, hidden [..., D]) -> float32 logits [..., V].
     init_cache(batch, length) -> an empty cache for `batch` rows of at most `length` tokens.
     """
