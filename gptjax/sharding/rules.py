@@ -64,6 +64,11 @@ def unbox(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.value if _is_boxed(x) else x, tree, is_leaf=_is_boxed)
 
 
+def logical_axes(boxed: Any) -> Any:
+    """The axis names of each parameter, as a PartitionSpec (which a tree takes for a leaf, unlike a tuple)."""
+    return jax.tree.map(lambda x: PartitionSpec(*x.names), boxed, is_leaf=_is_boxed)
+
+
 def shardings(boxed: Any, mesh: Mesh) -> Any:
     """A NamedSharding for each leaf of a tree of boxed parameters; leaves without names are replicated.
 
