@@ -36,9 +36,10 @@ setup(
         "tyro",
         "xxhash",
     ],
+    # Few and alive: an extra comes with the first code that imports it, and tests/test_house.py holds that.
     extras_require={
-        "cuda": ["jax[cuda13]"],
-        "tpu": ["jax[tpu]"],
-        "dev": ["hypothesis", "pyrefly", "pytest", "pytest-xdist", "ruff"],
+        "cuda": ["jax[cuda13]"],  # NVIDIA GPUs
+        "tpu": ["jax[tpu]"],  # on a Cloud TPU VM; elsewhere it compiles for TPUs that are not there
+        "dev": ["hypothesis", "pyrefly", "pytest", "pytest-xdist", "ruff", "uv"],  # uv: `make lock`
     },
 )
