@@ -62,17 +62,17 @@ ifneq ($(origin PYTHON) $(wildcard $(BIN)/python),file $(BIN)/python)
 	fi
 endif
 
-# $(call set_up,REQUIREMENT): the virtual environment, and in it the requirement at the locked versions.
+# $(call set_up,REQUIREMENT): the virtual environment, and in it the requirement at the locked versions. pip has the last
+# word: it knows certificates and mirrors from pip.conf, which uv does not read.
 define set_up
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	@if [ "$(UV)" != no ] && command -v uv >/dev/null; then \
-	  install="uv pip install --quiet --python=$(BIN)/python"; \
-	elif [ "$(UV)" != no ] && $(BIN)/python -m pip install --quiet --constraint=requirements.lock uv; then \
-	  install="$(BIN)/uv pip install --quiet --python=$(BIN)/python"; \
-	else \
-	  install="$(BIN)/python -m pip install --quiet"; \
+	@echo "installing $(1) with the versions of requirements.lock into $(VENV)"; \
+	what="--quiet --constraint=requirements.lock --editable=$(1)"; pip="$(BIN)/python -m pip install"; uv=; \
+	if [ "$(UV)" != no ]; then \
+	  if command -v uv >/dev/null; then uv=uv; \
+	  elif $$pip --quiet --constraint=requirements.lock uv 2>/dev/null; then uv=$(BIN)/uv; fi; \
 	fi; \
-	set -x; $$install --constraint=requirements.lock --editable='$(1)'
+	{ [ -n "$$uv" ] && $$uv pip install --python=$(BIN)/python $$what; } || $$pip $$what
 endef
 
 $(VENV)/.core: setup.py requirements.lock | check-python
