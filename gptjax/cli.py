@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import app, flags
 
-from gptjax.config import Config, validate
+from gptjax.config import Config, from_json, validate
 from gptjax.errors import RunError, UsageError
 
 FLAGS = flags.FLAGS
@@ -32,7 +32,8 @@ def define_config_flag() -> None:
     flags.DEFINE_string(
         "config",
         None,
-        "the experiment, FILE[:arg]: FILE defines get_config([arg]); --config.section.field=value overrides a field",
+        "the experiment, FILE[:arg] where FILE defines get_config([arg]), or the config.json of a run; "
+        "--config.section.field=value overrides a field",
     )
 
 
@@ -99,6 +100,8 @@ def _run_config_file(spec: str) -> Config:
     if not os.path.isfile(path):
         near = sorted(str(p) for p in pathlib.Path("experiments").glob("*.py"))
         raise UsageError(f"--config={spec}: no file {path}" + (f"; there are {', '.join(near)}" if near else ""))
+    if path.endswith(".json"):
+        return from_json(pathlib.Path(path).read_text(encoding="utf-8"), path)
     module_spec = importlib.util.spec_from_file_location("gptjax_experiment", path)
     if module_spec is None or module_spec.loader is None:
         raise UsageError(f"--config={spec}: not a Python file")

@@ -7,6 +7,7 @@ misspelt name cannot silently cost a pod its memory.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -80,10 +81,9 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
             return NamedSharding(mesh, PartitionSpec())
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         spec = partition_spec(leaf.names, name)
-        for size, axis, mesh_axes in zip(leaf.value.shape, leaf.names, spec, strict=True):
-            parts = 1
-            for mesh_axis in mesh_axes or ():
-                parts *= mesh.shape[mesh_axis]
+        for size, axis in zip(leaf.value.shape, leaf.names, strict=True):
+            mesh_axes = RULES[axis] if axis is not None else ()
+            parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
             if size % parts:
                 raise UsageError(
                     f"{name}: mesh axes {'x'.join(mesh_axes)} = {parts} do not divide its {axis!r} dimension "

@@ -48,13 +48,8 @@ def build(config: Config, mesh: Mesh) -> Program:
 
     Raises UsageError where the batch or a parameter does not divide over the mesh.
     """
+    check_batch(config, mesh)
     t, seq_len = config.train, config.data.seq_len
-    rows = mesh.shape["data"] * mesh.shape["fsdp"] * t.grad_accum
-    if t.batch_size % rows:
-        raise UsageError(
-            f"train.batch_size={t.batch_size} does not divide over data={mesh.shape['data']} x "
-            f"fsdp={mesh.shape['fsdp']} devices x grad_accum={t.grad_accum}; valid: a multiple of {rows}"
-        )
     model = models.build(config.model, seq_len)
     optimizer = make_optimizer(config.optim, logical_axes(boxed_params(model)))
     loss_fn = OBJECTIVES[t.objective](model, config)
@@ -89,6 +84,17 @@ def build(config: Config, mesh: Mesh) -> Program:
         ),
         eval_step=jax.jit(make_eval_step(loss_fn), in_shardings=(state_places.params, batch_places)),
     )
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Raises UsageError where train.batch_size does not divide over the mesh and the parts of a step."""
+    t = config.train
+    rows = mesh.shape["data"] * mesh.shape["fsdp"] * t.grad_accum
+    if t.batch_size % rows:
+        raise UsageError(
+            f"train.batch_size={t.batch_size} does not divide over data={mesh.shape['data']} x "
+            f"fsdp={mesh.shape['fsdp']} devices x grad_accum={t.grad_accum}; valid: a multiple of {rows}"
+        )
 
 
 def _abstract_batch(config: Config, mesh: Mesh) -> Batch:
