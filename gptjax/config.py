@@ -59,9 +59,7 @@ class DataConfig:
     eval_split: str = "validation"  # TFDS split to evaluate on
     data_dir: str = ""  # where TFDS keeps prepared data; "": its own default
     cache_dir: str = ""  # where tokens and trained tokenizers are kept; "": ~/.cache/gptjax
-    tokenizer: str = (
-        "sentencepiece"  # bytes, chars, sentencepiece (trained on the train split), FILE.model, tokenizer.json
-    )
+    tokenizer: str = "sentencepiece"  # bytes, chars, sentencepiece (trained on the train split), *.model, *.json
     tokenizer_vocab_size: int = 8192  # pieces of a SentencePiece model trained here
     seq_len: int = 1024  # tokens in a window
     seed: int = 0  # order of the windows
@@ -214,13 +212,13 @@ def _problems(config: Config) -> Iterator[tuple[str, Any, str, str]]:
             yield name, field(name), "is too small", "1 or more"
     not_negative = (
         *("model.vocab_size", "model.num_kv_heads", "model.head_dim", "model.mlp_dim", "model.logit_softcap"),
-        *("model.init_scale", "data.num_workers", "train.num_steps", "train.num_epochs", "train.z_loss"),
-        *("train.loss_chunks", "optim.warmup_steps", "optim.weight_decay", "optim.clip_norm", "optim.adam_lr_ratio"),
-        *("checkpoint.keep_best", "checkpoint.keep_every", "eval.num_batches"),
+        *("model.init_scale", "data.num_workers", "data.seed", "train.seed", "train.num_steps", "train.num_epochs"),
+        *("train.z_loss", "train.loss_chunks", "optim.warmup_steps", "optim.weight_decay", "optim.clip_norm"),
+        *("optim.adam_lr_ratio", "checkpoint.keep_best", "checkpoint.keep_every", "eval.num_batches"),
     )
     for name in not_negative:
-        if not field(name) >= 0:
-            yield name, field(name), "is negative", "0 or more"
+        if not (field(name) >= 0 and math.isfinite(field(name))):
+            yield name, field(name), "is negative or not finite", "0 or more"
     for name in ("optim.peak_lr", "optim.eps", "model.norm_eps", "model.rope_theta"):
         if not (field(name) > 0 and math.isfinite(field(name))):
             yield name, field(name), "is not a positive number", "above 0"
