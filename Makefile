@@ -3,12 +3,14 @@
 # Each target sets up what it needs: a virtual environment with the versions of requirements.lock. The stamps .core and
 # .dev inside it say what is installed, so a second call is instant and a change of setup.py or of the lock installs anew.
 
-# PYTHON: the interpreter of the environment. VENV: its folder. UV: "no" installs with pip alone, otherwise with uv where it
-# is on the PATH or can be had from pip. SLOW: 1 runs the slow tests too. PYTEST: more arguments for pytest.
+# PYTHON: the interpreter of the environment. VENV: its folder. UV: "no" installs with pip alone, otherwise with uv where
+# it is on the PATH or can be had from pip. SLOW: 1 runs the slow tests too. JOBS: processes that share the tests.
+# PYTEST: more arguments for pytest.
 PYTHON ?= python3
 VENV ?= .venv
 UV ?= auto
 SLOW ?= 0
+JOBS ?= 2
 PYTEST ?=
 
 BIN := $(VENV)/bin
@@ -20,13 +22,13 @@ MARKS := $(if $(filter 1,$(SLOW)),-m "",)
 help: ## List the commands
 	@echo "make COMMAND, where COMMAND is one of"
 	@awk -F ' *:.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "and these may follow: PYTHON=python3.13  VENV=folder  UV=no  SLOW=1  PYTEST=\"-k word\""
+	@echo "and these may follow: PYTHON=python3.13  VENV=folder  UV=no  SLOW=1  JOBS=4  PYTEST=\"-k word\""
 
 quickstart: $(VENV)/.core ## Train a small GPT on Python's standard library, a few minutes on two CPU cores
 	$(BIN)/python -m gptjax.main --config=experiments/quickstart.py --workdir=runs/quickstart
 
 test: lint ## Lint, check types and run the tests; SLOW=1 for the slow ones too
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(MARKS) $(PYTEST)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(JOBS) $(MARKS) $(PYTEST)
 
 lint: $(VENV)/.dev ## Check style, format and types; changes nothing
 	$(BIN)/ruff check

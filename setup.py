@@ -21,11 +21,13 @@ setup(
     install_requires=[
         "absl-py",
         "array-record",
+        "etils[epath]",
         "flax>=0.12",
         "grain>=0.2.18",
         "importlib_resources",  # tensorflow-datasets needs it and does not say so
         "jax>=0.10",
         "matplotlib",
+        "numpy",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "rich",
