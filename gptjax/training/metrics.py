@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import numbers
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
@@ -19,6 +18,7 @@ from etils import epath
 
 from gptjax.config import LogConfig
 from gptjax.errors import RunError
+from gptjax.training.files import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
@@ -97,12 +97,7 @@ def drop_after(path: epath.PathLike, step: int) -> None:
     kept = "".join(line + "\n" for line, values in _parse(path) if step > 0 and values["step"] <= step)
     if kept == text:
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(kept)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    write_atomic(path, kept)
 
 
 def _parse(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
