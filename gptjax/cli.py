@@ -8,10 +8,12 @@ slow imports have begun.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.util
 import logging
 import os
 import pathlib
+import re
 import sys
 import types
 import typing
@@ -20,6 +22,7 @@ from typing import Any
 
 from absl import app, flags
 
+from gptjax import config as config_lib
 from gptjax.config import Config, from_json, validate
 from gptjax.errors import RunError, UsageError
 
@@ -47,7 +50,10 @@ def run(main: Callable[[list[str]], Any]) -> None:
 
     def parse(argv: Sequence[str]) -> list[str]:
         if any(a in ("--help", "-h", "-help", "--helpfull") for a in argv[1:]):
-            _print_help(doc)
+            try:
+                _print_help(doc)
+            except BrokenPipeError:  # `--help | head` has seen enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
         try:
             positional = FLAGS(argv)
@@ -126,6 +132,12 @@ def _call_get_config(module: types.ModuleType, spec: str, arg: str | None) -> An
     except UsageError as e:
         raise UsageError(f"--config={spec}: {e}") from None
     except TypeError as e:
+        unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(e))
+        if unknown and unknown[1] in vars(config_lib):
+            known = [field.name for field in dataclasses.fields(vars(config_lib)[unknown[1]])]
+            near = difflib.get_close_matches(unknown[2], known, 1)
+            did_you_mean = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(f"--config={spec}: {unknown[1]} has no field {unknown[2]}{did_you_mean}") from None
         if "get_config()" not in str(e):
             raise
         takes = "takes no argument" if arg is not None else "needs an argument"

@@ -157,7 +157,7 @@ def setup_lists() -> tuple[list[str], dict[str, list[str]]]:
 def distributions(paths: list[pathlib.Path]) -> dict[str, str]:
     """{canonical name of a third-party package: a file of `paths` that imports it}."""
     by_module = importlib.metadata.packages_distributions()
-    used = {}
+    used: dict[str, str] = {}
     for path in paths:
         for name in imports(path):
             top = name.split(".")[0]
