@@ -11,6 +11,8 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import math
+import os
+import re
 import types
 from typing import Any, NamedTuple, cast
 
@@ -78,7 +80,7 @@ class Checkpoints:
         self.wait()
         try:
             response = ocp.save_async(self.folder / str(step), cast(Any, _named(state)), overwrite=True)
-        except Exception as e:
+        except OSError as e:
             raise self._failure(step, e) from e
         self._saving = step, self._background.submit(self._seal, step, response, val_loss)
 
@@ -171,7 +173,8 @@ def load_params(
         lambda x: x if x.sharding is not None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first),
         abstract_params,
     )
-    return _load(path, {"ema" if averaged else "params": placed}, partial=True).popitem()[1], choice.step
+    kind = "ema" if averaged else "params"
+    return _load(path, {kind: placed}, partial=True)[kind], choice.step
 
 
 def num_bytes(state: Any) -> int:
@@ -296,7 +299,21 @@ def _delete(path: epath.Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause in one line; Orbax hides it under its own errors."""
+    """The innermost cause in one line; Orbax hides it under its own errors, and TensorStore under its file names."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = " ".join(str(error).split())
+    code = re.search(r"os_error_code='(\d+)'", text)
+    if code:
+        return os.strerror(int(code[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return text if len(text) <= 300 else f"{text[:150]} … {text[-150:]}"
+
+
+def _not_a_traceback_of_orbax(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
+# Orbax raises every error of its threads and logs their tracebacks too; the RunError says it in one line.
+logging.getLogger("absl").addFilter(_not_a_traceback_of_orbax)
