@@ -1,0 +1,1 @@
+"""What can be known about a model and a machine: speed measured and compared."""
