@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
@@ -18,7 +19,7 @@ from etils import epath
 
 from gptjax.config import LogConfig
 from gptjax.errors import RunError
-from gptjax.training.files import write_atomic
+from gptjax.training.files import is_local, write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
@@ -37,7 +38,7 @@ class MetricsWriter:
         self._rundir = epath.Path(rundir)
         self._config = config
         self._resume_step = resume_step
-        self._lines: TextIO | None = None
+        self._lines: TextIO | _BucketLines | None = None
         self._events: Any = None
 
     def __enter__(self) -> MetricsWriter:
@@ -46,7 +47,7 @@ class MetricsWriter:
         self._rundir.mkdir(parents=True, exist_ok=True)
         path = self._rundir / METRICS_FILE
         drop_after(path, self._resume_step)
-        self._lines = open(path, "a", encoding="utf-8")
+        self._lines = open(path, "a", encoding="utf-8") if is_local(path) else _BucketLines(path)
         if self._config.tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -77,6 +78,29 @@ class MetricsWriter:
         if self._events is not None:
             for name, value in numbers_.items():
                 self._events.add_scalar(_tag(name), value, global_step=step)
+
+
+class _BucketLines:
+    """The part of a text file's interface that a MetricsWriter needs, on a bucket, whose objects cannot grow.
+
+    All lines are kept here and written anew at most every `seconds` and at the end: a kill loses the last of them.
+    """
+
+    def __init__(self, path: epath.Path, seconds: float = 30.0):
+        self._path, self._seconds = path, seconds
+        self._text = path.read_text() if path.exists() else ""
+        self._written = time.monotonic()
+
+    def write(self, line: str) -> None:
+        self._text += line
+
+    def flush(self) -> None:
+        if time.monotonic() - self._written >= self._seconds:
+            self.close()
+
+    def close(self) -> None:
+        self._path.write_text(self._text)
+        self._written = time.monotonic()
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:

@@ -108,6 +108,13 @@ def test_only_host_0_writes(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_bucket_gets_the_same_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr("gptjax.training.metrics.is_local", lambda path: False)
+    write(tmp_path, [1, 2, 3])
+    write(tmp_path, [3, 4], resume_step=2)
+    assert [line["step"] for line in read_metrics(tmp_path / METRICS_FILE)] == [1, 2, 3, 4]
+
+
 def events(folder):
     """(step, tag, value) of each scalar and (step, "START", None) of each restart, from TensorBoard's record files."""
     from tensorboardX.proto import event_pb2

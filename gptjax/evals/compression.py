@@ -12,7 +12,7 @@ import lzma
 from collections.abc import Mapping
 
 
-def compression_baselines(text: bytes) -> dict[str, float]:
+def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
     """Bits per byte that `gzip -9` and `xz -9e` need for `text`. xz takes about a second a megabyte."""
     window = max(4096, min(len(text), 64 << 20))
     xz = lzma.compress(

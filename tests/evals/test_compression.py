@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from gptjax.training.compression import comparison_table, compression_baselines
+from gptjax.evals.compression import comparison_table, compressed_bits_per_byte
 
 
 @pytest.mark.parametrize(("name", "command"), [("gzip -9", ["gzip", "-9c"]), ("xz -9e", ["xz", "-9ec"])])
@@ -16,11 +16,11 @@ def test_sizes_are_those_of_the_command(name, command):
         pytest.skip(f"no {command[0]} here")
     text = pathlib.Path(argparse.__file__).read_bytes() * 3
     size = len(subprocess.run(command, input=text, capture_output=True, check=True).stdout)
-    assert compression_baselines(text)[name] == pytest.approx(8 * size / len(text), rel=0.01)
+    assert compressed_bits_per_byte(text)[name] == pytest.approx(8 * size / len(text), rel=0.01)
 
 
 def test_empty_text_is_no_error():
-    assert set(compression_baselines(b"")) == {"gzip -9", "xz -9e"}
+    assert set(compressed_bits_per_byte(b"")) == {"gzip -9", "xz -9e"}
 
 
 def test_table_has_the_best_first():
