@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import Config
+from gptjax.models.layers import platform
 from gptjax.types import Array, Batch, Key, LossFn, Metrics, Model, Params
 
-# Logits of one chunk on one device, when the number of chunks is left to us, and the most chunks to take: every chunk
-# adds to the gradient of the whole unembedding, and on a mesh exchanges it.
-CHUNK_BYTES = 64 * 2**20
-MAX_CHUNKS = 16
+# Bytes of one chunk's logits on one device, when the number of chunks is left to us, and the most chunks to take. Each
+# chunk adds to the gradient of the whole unembedding, and on a mesh exchanges it: accelerators want few and large ones.
+CHUNK_BYTES = {"cpu": 64 * 2**20, "gpu": 512 * 2**20, "tpu": 512 * 2**20}
+MAX_CHUNKS = 8
 
 Unembed = Callable[..., jax.Array]  # (hidden [N, D], *parameters) -> float32 logits [N, V]
 
@@ -31,7 +32,7 @@ def next_token(model: Model, config: Config) -> LossFn:
 
     Added to it: train.z_loss times the mean square of log Z, and the model's own losses, the entries of its Output.aux
     whose names end in "_loss". Metrics: loss, the likelihood alone; weight, the sum of the mask; z_loss, as added; and
-    all of aux. A batch in which nothing counts has loss 0. `key` turns dropout on; None, as in evaluation, leaves it out.
+    all of aux. A batch in which nothing counts has loss 0. `key` turns dropout on; None, as in evaluation, does not.
     """
     z_weight = config.train.z_loss
 
@@ -97,9 +98,9 @@ def cross_entropy(
 
 def automatic_chunks(tokens: int, vocab_size: int) -> int:
     """The parts, a power of two, that keep the logits of one on each device near CHUNK_BYTES; at most MAX_CHUNKS."""
-    devices = max(1, jax.sharding.get_abstract_mesh().size)
+    logits_bytes = 4 * tokens * vocab_size / max(1, jax.sharding.get_abstract_mesh().size)
     chunks = 1
-    while chunks < MAX_CHUNKS and 4 * tokens * vocab_size > chunks * devices * CHUNK_BYTES:
+    while chunks < MAX_CHUNKS and logits_bytes > chunks * CHUNK_BYTES[platform()]:
         chunks *= 2
     return chunks
 

@@ -20,7 +20,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from gptjax.config import OptimConfig
-from gptjax.types import Array, Params
+from gptjax.types import Params
 
 Axes = Any  # the tree of gptjax.sharding.logical_axes: a PartitionSpec of logical names for each parameter
 
@@ -35,7 +35,7 @@ NEWTON_SCHULZ_STEPS = 5
 # -- schedules --------------------------------------------------------------------------------------------------------
 
 
-def make_schedule(config: OptimConfig, num_steps: int) -> Callable[[Array | int], Array]:
+def make_schedule(config: OptimConfig, num_steps: int) -> Callable[[Any], Any]:
     """The learning rate of each step, from 0 to num_steps - 1, as a float32 of the step's shape.
 
     With w warm-up steps, step s < w has peak_lr * (s + 1) / (w + 1): no step is wasted on a rate of 0, and step w is
@@ -50,7 +50,7 @@ def make_schedule(config: OptimConfig, num_steps: int) -> Callable[[Array | int]
     decay_start = max(warmup, last - decay_steps)
     final = config.final_lr_fraction
 
-    def schedule(step: Array | int) -> Array:
+    def schedule(step: Any) -> Any:
         xp = jnp if isinstance(step, jax.Array) else np
         s = xp.asarray(step, np.float32)
         progress = xp.clip((s - decay_start) / max(1, last - decay_start), 0.0, 1.0)
@@ -175,12 +175,12 @@ def scale_by_factored_rms(axes: Axes, beta2: float, eps: float) -> optax.Gradien
             jax.tree_util.tree_map_with_path(functools.partial(zeros, along_embed=False), params),
         )
 
-    def update(grads: Params, state: FactoredState, params: Params | None = None) -> tuple[Params, FactoredState]:
+    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, FactoredState]:
         del params
         count = state.count + 1
         # The decay starts at 0, so that no bias needs correcting; 1e-30 keeps a row of zeros from dividing by 0.
         decay = jnp.minimum(1.0 - count.astype(jnp.float32) ** -0.8, beta2)
-        squares = jax.tree.map(lambda g: jnp.square(g) + 1e-30, grads)
+        squares = jax.tree.map(lambda g: jnp.square(g) + 1e-30, updates)
 
         def next_row(row: jax.Array, square: jax.Array, names: PartitionSpec) -> jax.Array:
             mean = square.mean(_rest_dims(names), keepdims=True) if is_matrix(names) else square
@@ -200,7 +200,7 @@ def scale_by_factored_rms(axes: Axes, beta2: float, eps: float) -> optax.Gradien
 
         row = jax.tree.map(next_row, state.row, squares, axes)
         column = jax.tree.map(next_column, state.column, squares, axes)
-        return jax.tree.map(direction, grads, row, column, axes), FactoredState(count, row, column)
+        return jax.tree.map(direction, updates, row, column, axes), FactoredState(count, row, column)
 
     return optax.GradientTransformation(init, update)
 
@@ -245,7 +245,7 @@ def scale_by_muon(axes: Axes, momentum: float, beta1: float, beta2: float, eps: 
             nu=jax.tree_util.tree_map_with_path(second_moment, params),
         )
 
-    def update(grads: Params, state: MuonState, params: Params | None = None) -> tuple[Params, MuonState]:
+    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, MuonState]:
         del params
         count = state.count + 1
 
@@ -260,9 +260,9 @@ def scale_by_muon(axes: Axes, momentum: float, beta1: float, beta2: float, eps: 
                 return _orthogonal_update(_mix(mu, grad, momentum), names)
             return (mu / (1 - beta1**count)) / (jnp.sqrt(nu / (1 - beta2**count)) + eps)
 
-        mu = jax.tree.map(next_mu, state.mu, grads, axes)
-        nu = jax.tree.map(next_nu, state.nu, grads, axes)
-        return jax.tree.map(direction, grads, mu, nu, axes), MuonState(count, mu, nu)
+        mu = jax.tree.map(next_mu, state.mu, updates, axes)
+        nu = jax.tree.map(next_nu, state.nu, updates, axes)
+        return jax.tree.map(direction, updates, mu, nu, axes), MuonState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
 
