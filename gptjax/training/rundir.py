@@ -90,21 +90,18 @@ class RunDir:
 
         Raises UsageError with each difference that would change what the run computes, unless `allow_change`.
         A change that is allowed, or of no substance, replaces config.json; the old one is kept under a number.
-        Also appends this start to environment.json.
         """
         import jax
 
         changed = self._compare(config, fingerprints, allow_change)
-        if jax.process_index() != 0:
+        if not changed or jax.process_index() != 0:
             return
-        if changed:
-            if self.config_file.exists():
-                n = 1 + sum(1 for p in self.path.iterdir() if re.fullmatch(r"config\.\d+\.json", p.name))
-                write_atomic(self.path / f"config.{n}.json", self.config_file.read_text())
-            # config.json last: a directory that has one is a run.
-            write_atomic(self.data_file, json.dumps(fingerprints, indent=2) + "\n")
-            write_atomic(self.config_file, to_json(config))
-        self._record_start()
+        if self.config_file.exists():
+            n = 1 + sum(1 for p in self.path.iterdir() if re.fullmatch(r"config\.\d+\.json", p.name))
+            write_atomic(self.path / f"config.{n}.json", self.config_file.read_text())
+        # config.json last: a directory that has one is a run.
+        write_atomic(self.data_file, json.dumps(fingerprints, indent=2) + "\n")
+        write_atomic(self.config_file, to_json(config))
 
     def _compare(self, config: Config, fingerprints: dict[str, str], allow_change: bool) -> bool:
         """Whether anything differs from what is on disk; raises UsageError for a change of substance."""
@@ -124,7 +121,12 @@ class RunDir:
             )
         return bool(changes or diff(old, config))
 
-    def _record_start(self) -> None:
+    def record_start(self) -> None:
+        """Appends this start's versions, git revision, devices, host and command line to environment.json."""
+        import jax
+
+        if jax.process_index() != 0:
+            return
         starts = json.loads(self.environment_file.read_text()) if self.environment_file.exists() else []
         write_atomic(self.environment_file, json.dumps([*starts, _environment()], indent=2) + "\n")
 
