@@ -1,0 +1,147 @@
+"""Tokenising a corpus into a token store, in parallel over processes.
+
+What surprises readers: the corpus is divided by its own size, one shard file per division, so the files are the same
+for any number of processes. The processes are spawned, and import neither JAX nor TensorFlow.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+from etils import epath
+
+from gptjax.data.cache import hash_file, note
+from gptjax.data.corpora import Corpus
+from gptjax.data.store import INDEX_FILE, Shard, token_dtype
+from gptjax.data.tokenizers import Tokenizer, load_saved_tokenizer
+from gptjax.errors import RunError
+
+SHARD_BYTES = 2 << 20  # of text in a shard of a small corpus
+MAX_SHARDS = 512
+ALONE_BYTES = 16 << 20  # less text than this is not worth the start of processes
+
+
+def write_store(folder: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, num_processes: int | None = None) -> None:
+    """Tokenises `corpus` into shard files and an index in `folder`, reporting progress.
+
+    num_processes: one per core by default, and none besides this one for a small corpus.
+    """
+    num_shards = min(MAX_SHARDS, corpus.num_examples, math.ceil(corpus.num_bytes / SHARD_BYTES))
+    bounds = [i * corpus.num_examples // num_shards for i in range(num_shards + 1)]
+    jobs = [(str(folder / f"tokens-{i:05}.bin"), a, b) for i, (a, b) in enumerate(itertools.pairwise(bounds))]
+    if num_processes is None:
+        num_processes = 1 if corpus.num_bytes < ALONE_BYTES else len(os.sched_getaffinity(0))
+    if num_processes == 1:
+        results = (_write_shard(corpus, tokenizer, *job) for job in jobs)
+    else:
+        results = _in_processes(folder, corpus, tokenizer, jobs, min(num_processes, num_shards))
+    shards = sorted(_report(results, corpus), key=lambda shard: shard.file)
+    index = {"dtype": token_dtype(tokenizer.vocab_size), "shards": [dataclasses.asdict(shard) for shard in shards]}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _write_shard(corpus: Corpus, tokenizer: Tokenizer, path: str, start: int, stop: int) -> Shard:
+    dtype = token_dtype(tokenizer.vocab_size)
+    num_tokens = num_bytes = num_documents = 0
+    max_id = tokenizer.bos_id
+    bos = np.array([tokenizer.bos_id], dtype).tobytes()
+    with open(path, "wb") as f:
+        for text, continues in corpus.pieces(start, stop):
+            if not continues:
+                f.write(bos)
+                num_tokens += 1
+                num_documents += 1
+            ids = tokenizer.encode(text)
+            if ids.size:
+                max_id = max(max_id, int(ids.max()))
+                assert ids.min() >= 0
+                assert max_id < tokenizer.vocab_size
+            f.write(ids.astype(dtype).tobytes())
+            num_tokens += len(ids)
+            num_bytes += len(text.encode())
+    return Shard(os.path.basename(path), num_tokens, num_bytes, num_documents, max_id, hash_file(path))
+
+
+_worker: tuple[Corpus, Tokenizer] | None = None
+
+
+def _start_worker(corpus: Corpus, tokenizer_folder: str) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = corpus, load_saved_tokenizer(tokenizer_folder)
+
+    # A worker whose parent was killed would wait for work forever.
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _work(path: str, start: int, stop: int) -> Shard:
+    assert _worker is not None
+    return _write_shard(*_worker, path, start, stop)
+
+
+def _in_processes(
+    folder: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, jobs: list, num_processes: int
+) -> Iterator[Shard]:
+    saved = folder / "tokenizer"
+    tokenizer.save(epath.Path(saved))
+    pool = concurrent.futures.ProcessPoolExecutor(
+        num_processes,
+        mp_context=multiprocessing.get_context("spawn"),  # a fork would copy JAX's threads
+        initializer=_start_worker,
+        initargs=(corpus, str(saved)),
+    )
+    try:
+        for future in concurrent.futures.as_completed([pool.submit(_work, *job) for job in jobs]):
+            yield future.result()
+    except BrokenProcessPool:
+        raise RunError(f"{corpus.name}: a process that tokenised was killed, perhaps for want of memory") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _report(results: Iterator[Shard], corpus: Corpus) -> list[Shard]:
+    """The shards, with a progress bar on a terminal and a line at the end elsewhere."""
+    started = time.monotonic()
+    shards = []
+    what = f"{corpus.name} ({corpus.split})"
+    if sys.stderr.isatty():
+        from rich import console, progress
+
+        columns = (*progress.Progress.get_default_columns(), progress.DownloadColumn(), progress.TransferSpeedColumn())
+        with progress.Progress(*columns, console=console.Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(f"tokenizing {what}", total=corpus.num_bytes)
+            for shard in results:
+                shards.append(shard)
+                bar.advance(task, shard.num_bytes)
+    else:
+        next_line = started + 30
+        for shard in results:
+            shards.append(shard)
+            if time.monotonic() > next_line:
+                next_line += 30
+                done = sum(s.num_bytes for s in shards)
+                note(f"tokenizing {what}: {done / 1e6:,.0f} of about {corpus.num_bytes / 1e6:,.0f} MB")
+    text, tokens = sum(s.num_bytes for s in shards), sum(s.num_tokens for s in shards)
+    seconds = time.monotonic() - started
+    size = f"{tokens:,} tokens from {text / 1e6:,.1f} MB"
+    note(f"{what}: {size} in {seconds:.1f} s, {text / max(tokens, 1):.2f} bytes a token")
+    return shards
