@@ -20,7 +20,6 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
-        "array-record",
         "etils[epath]",
         "flax>=0.12",
         "grain>=0.2.18",

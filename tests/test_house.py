@@ -36,7 +36,6 @@ LINE = {name: line for line, names in enumerate(HOUSE) for name in names}
 # Packages that are needed and imported by no line of ours.
 SILENT = {
     "importlib-resources",  # tensorflow-datasets imports it and does not declare it
-    "jaxlib",
 }
 
 
