@@ -1,9 +1,9 @@
 """How one token is chosen: pure functions on float32 logits [B, V], each of which only ever removes candidates.
 
-Left out: everything that depends on what was said before; the decode loop knows that. What surprises readers: nothing is
-sorted. The cut of top-k and top-p is found by bisection over the floats themselves, exactly, in 32 passes over the row:
-12 to 30 times faster than sorting on a CPU, and friendly to a TPU. Tokens that tie with the last one kept are kept too,
-so no token is preferred for its id.
+Left out: everything that depends on what was said before; the decode loop knows that. What surprises readers: nothing
+is sorted. The cut of top-k and top-p is found by bisection over the floats themselves, exactly, in 32 passes over the
+row: 12 to 30 times faster than sorting on a CPU, and friendly to a TPU. Tokens that tie with the last one kept are
+kept too, so no token is preferred for its id.
 """
 
 from __future__ import annotations
