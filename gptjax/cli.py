@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
-import logging
 import os
 import pathlib
 import re
@@ -20,7 +19,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from gptjax import config as config_lib
 from gptjax.config import Config, from_json, validate
@@ -66,7 +65,8 @@ def run(main: Callable[[list[str]], Any]) -> None:
         return positional
 
     def guarded(_: Sequence[str]) -> Any:
-        logging.getLogger("jax").setLevel(logging.ERROR)
+        # Libraries report each file they write; a user wants their warnings only.
+        logging.set_verbosity(logging.WARNING)
         try:
             return main(overrides)
         except (UsageError, RunError) as e:

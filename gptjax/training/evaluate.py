@@ -45,7 +45,8 @@ def evaluate(
     for done in jax.device_get(sums):
         total, weight = total + float(done["total"]), weight + float(done["weight"])
     loss = total / weight
-    targets_per_byte = (store.num_tokens - 1) / store.num_bytes
+    # The first token of each stream is nobody's target.
+    targets_per_byte = (store.num_tokens - len(store.streams)) / store.num_bytes
     return {
         "val_loss": loss,
         "val_perplexity": math.exp(min(loss, 700.0)),

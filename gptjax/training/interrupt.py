@@ -31,6 +31,11 @@ class Interrupt:
         return self.signal is not None
 
     @property
+    def name(self) -> str:
+        """The signal's name, "" where none came."""
+        return self.signal.name if self.signal is not None else ""
+
+    @property
     def exit_status(self) -> int:
         """The shell's status for the signal, 143 for SIGTERM; 0 where none came."""
         return 128 + self.signal if self.signal is not None else 0

@@ -7,7 +7,7 @@ planned is what runs.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,7 @@ def check_batch(config: Config, mesh: Mesh) -> None:
 
 def _abstract_batch(config: Config, mesh: Mesh) -> Batch:
     shape, sharding = (config.train.batch_size, config.data.seq_len), batch_sharding(mesh)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-    mask = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    mask: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
     in_documents = ids if config.data.document_mask else None
     return Batch(ids, ids, mask, in_documents, in_documents)
