@@ -34,9 +34,9 @@ class DecodeState(flax.struct.PyTreeNode):
     """
 
     cache: Cache
-    tokens_B: jax.Array
-    positions_B: jax.Array
-    budgets_B: jax.Array
+    tokens_B: Array
+    positions_B: Array
+    budgets_B: Array
     keys_B: Key
 
 
@@ -131,7 +131,7 @@ def generate_ids(
     seed: int = 0,
     samples: Sequence[int] | None = None,
     context: int | None = None,
-    chunk: int = 16,
+    chunk: int = 8,
 ) -> Iterator[np.ndarray]:
     """Yields the rows' next ids, int32 [B, n] with n up to `chunk`, until each is done; NOTHING behind a row's end.
 

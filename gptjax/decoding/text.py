@@ -46,7 +46,7 @@ def stream_text(
     sampling: SamplingConfig,
     num_samples: int = 1,
     seed: int = 0,
-    chunk: int = 16,
+    chunk: int = 8,
 ) -> Iterator[Piece]:
     """Yields the continuations of `prompt` as they come: a piece of each unfinished sample every `chunk` tokens.
 
