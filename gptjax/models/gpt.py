@@ -7,6 +7,7 @@ cache is an ordinary argument and result.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -150,12 +151,12 @@ class GPT(nn.Module):
         positions = None if batch.positions is None else jnp.asarray(batch.positions)
         segment_ids = None if batch.segment_ids is None else jnp.asarray(batch.segment_ids)
         embedding_VxD = param(self, "token_embedding", (c.vocab_size, c.embed_dim), ("vocab", "embed"), normal)
-        x_BxTxD = embedding_VxD.at[batch.tokens].get(mode="clip")
+        x_BxTxD = jnp.take(embedding_VxD, batch.tokens, axis=0, mode="clip")
         if c.positions == "learned":
             table = param(self, "position_embedding", (self.seq_len, c.embed_dim), ("position", "embed"), normal)
             if positions is None and self.seq_len < T:
                 raise UsageError(f"{T} tokens: the model has learned positions for {self.seq_len} only")
-            x_BxTxD += table[:T] if positions is None else table.at[positions].get(mode="clip")
+            x_BxTxD += table[:T] if positions is None else jnp.take(table, positions, axis=0, mode="clip")
         if not c.tie_embeddings:
             # Used by `unembed` alone, and declared here because parameters are born in `init`.
             param(self, "unembedding", (c.embed_dim, c.vocab_size), ("embed", "vocab"), normal)
@@ -199,9 +200,11 @@ def build_gpt(config: ModelConfig, seq_len: int) -> Model:
     gpt = GPT(config, seq_len)
 
     def init(key: Key) -> Params:
-        # Parameters do not depend on the batch; as many rows as devices, so that any mesh divides them.
+        # Parameters depend neither on the batch nor on how it is computed: as many rows as devices, so that any mesh
+        # divides them, and layers in a scan, because compiling random numbers for each of them takes long.
         rows = max(1, jax.sharding.get_abstract_mesh().size)
-        return gpt.init(key, Batch.from_tokens(jnp.zeros((rows, 2), jnp.int32)))["params"]
+        scanned = GPT(dataclasses.replace(config, unroll="no", remat="none"), seq_len)
+        return scanned.init(key, Batch.from_tokens(jnp.zeros((rows, 2), jnp.int32)))["params"]
 
     def hidden(params: Params, batch: Batch, cache: KVCache | None = None, rng: Key | None = None) -> Output:
         if cache is not None and (batch.positions is None or batch.segment_ids is not None):
