@@ -88,6 +88,8 @@ def train(
         progress = stack.enter_context(Progress(config.train.num_steps, start_step=start))
         tracing = stack.enter_context(Profile(rundir.path / "profile", profile))
 
+        _describe(program, train_store, eval_store, rundir, start, progress)
+
         def evaluation(state: TrainState, step: int) -> dict[str, float]:
             """Evaluates and writes it down; {} when interrupted on the way."""
             num_batches = config.eval.num_batches
@@ -193,6 +195,30 @@ class _StepLog:
                     else "none was saved yet"
                 )
             )
+
+
+def _describe(
+    program: Program,
+    train_store: data.TokenStore,
+    eval_store: data.TokenStore,
+    rundir: RunDir,
+    start: int,
+    progress: Progress,
+) -> None:
+    """Says what is about to be trained, on what, and where."""
+    c, mesh = program.config, program.mesh
+    size = sum(x.size for x in jax.tree.leaves(program.state.params))
+    axes = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items())
+    devices = f"{mesh.size} x {jax.devices()[0].device_kind} ({axes})"
+    progress.print(
+        f"model  {c.model.family}, {size:,} parameters in {c.model.num_layers} layers of {c.model.embed_dim}"
+    )
+    progress.print(
+        f"data   {c.data.dataset}: {train_store.num_tokens:,} tokens to train on, {eval_store.num_tokens:,} to evaluate"
+    )
+    progress.print(f"step   {c.train.batch_size} windows of {c.data.seq_len} tokens, on {devices}")
+    begin = "complete at" if start == c.train.num_steps else "continues from" if start else "starts at"
+    progress.print(f"run    {rundir.path} {begin} step {start:,} of {c.train.num_steps:,}")
 
 
 def _is_due(step: int, every: int, config: Config) -> bool:
