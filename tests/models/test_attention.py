@@ -82,7 +82,8 @@ def dense_attention(q, k, v, mask_BxTxS):
 @pytest.mark.parametrize(("window", "packed"), [(0, False), (0, True), (7, True)])
 def test_gradients(window, packed):
     q, k, v = random_qkv()
-    ids = np.sort(np.random.default_rng(1).integers(0, 4, (2, 100)), axis=1) if packed else None
+    ids = np.sort(np.random.default_rng(1).integers(0, 4, (2, 100)), axis=1)
+    ids = jnp.asarray(ids) if packed else None
     distance = np.arange(100)[:, None] - np.arange(100)
     mask = ((distance >= 0) & (distance < (window or 100)))[None]
     if ids is not None:
@@ -91,7 +92,7 @@ def test_gradients(window, packed):
     def loss(attention):
         return lambda q, k, v: jnp.sin(attention(q, k, v)).sum()
 
-    ours = jax.jit(jax.grad(loss(lambda *qkv: attend(*qkv, window=window, segment_ids_BxT=ids)), (0, 1, 2)))(q, k, v)
-    expected = jax.jit(jax.grad(loss(lambda *qkv: dense_attention(*qkv, mask)), (0, 1, 2)))(q, k, v)
+    ours = jax.jit(jax.grad(loss(functools.partial(attend, window=window, segment_ids_BxT=ids)), (0, 1, 2)))(q, k, v)
+    expected = jax.jit(jax.grad(loss(lambda q, k, v: dense_attention(q, k, v, mask)), (0, 1, 2)))(q, k, v)
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=5e-6)

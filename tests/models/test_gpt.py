@@ -1,6 +1,7 @@
 """What a GPT promises to training and decoding, on networks small enough to check all of it."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ SMALL = ModelConfig(
     unroll="no",  # compiles in half the time; test_speed_choices_change_nothing covers the other form
 )
 # Between them, every option; each alone would compile as long and find no more.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "modern": {
         "positions": "rope",
@@ -42,7 +43,7 @@ VARIANTS = {
 }
 
 
-def make(**changes):
+def make(**changes: Any):
     """A model and random parameters: not `init`'s, because biases of 0, scales of 1 and tiny logits hide mistakes."""
     model = build(dataclasses.replace(SMALL, **changes), T)
     shapes = unbox(jax.eval_shape(model.init, jax.random.key(0)))
@@ -50,7 +51,7 @@ def make(**changes):
     return model, jax.tree.map(lambda x: rng.normal(scale=0.3, size=x.shape).astype(np.float32), shapes)
 
 
-def born(**changes):
+def born(**changes: Any):
     return unbox(jax.jit(build(dataclasses.replace(SMALL, **changes), T).init)(jax.random.key(0)))
 
 
@@ -123,6 +124,7 @@ def test_cache_drops_what_does_not_fit():
     cache = jax.tree.map(lambda x: x + 7, model.init_cache(1, 4))
     tokens = np.ones((1, 2), np.int32)
     after = model.hidden(params, Batch(tokens, tokens, tokens, None, np.array([[3, 4]])), cache).cache
+    assert after is not None
     assert np.all(np.asarray(after.k[:, :, :3]) == 7)
     assert np.all(np.asarray(after.k[:, :, 3]) != 7)
 

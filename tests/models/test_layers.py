@@ -11,18 +11,19 @@ from gptjax.sharding import make_mesh
 
 
 def test_layer_norm():
-    x = np.random.default_rng(0).normal(3, 2, (2, 5, 16)).astype(np.float32)
-    scale, bias = np.linspace(0.5, 2, 16), np.linspace(-1, 1, 16)
-    x64 = x.astype(np.float64)
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (2, 5, 16)), jnp.float32)
+    scale, bias = jnp.linspace(0.5, 2, 16), jnp.linspace(-1, 1, 16)
+    x64 = np.asarray(x, np.float64)
     expected = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + 1e-5) * scale
     np.testing.assert_allclose(layer_norm(x, scale, None, 1e-5), expected, atol=1e-5)
     np.testing.assert_allclose(layer_norm(x, scale, bias, 1e-5), expected + bias, atol=1e-5)
 
 
 def test_rms_norm():
-    x = np.random.default_rng(0).normal(3, 2, (2, 5, 16)).astype(np.float32)
-    expected = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(rms_norm(x, np.ones(16), None, 1e-5), expected, atol=1e-5)
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (2, 5, 16)), jnp.float32)
+    x64 = np.asarray(x, np.float64)
+    expected = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(rms_norm(x, jnp.ones(16), None, 1e-5), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", [layer_norm, rms_norm])
@@ -36,7 +37,7 @@ def test_norms_of_bfloat16_are_computed_in_float32(norm):
 def test_gelu_is_the_tanh_form():
     x = np.linspace(-4, 4, 9)
     expected = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    np.testing.assert_allclose(gelu(x.astype(np.float32)), expected, atol=1e-6)
+    np.testing.assert_allclose(gelu(jnp.asarray(x, jnp.float32)), expected, atol=1e-6)
 
 
 def test_dense_contracts_all_inner_dimensions():
