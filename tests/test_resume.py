@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ class Bench:
         """Everything that must not depend on interruptions: the last state's bytes, and the lines of the metrics."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state = ocp.load(self.folder / run / "checkpoints" / str(LAST))
+            state: Any = ocp.load(self.folder / run / "checkpoints" / str(LAST))
         arrays = {name: np.asarray(x) for name, x in state.items()}
         lines = read_metrics(self.folder / run / "metrics.jsonl")
         return (
@@ -123,9 +124,9 @@ def uninterrupted(bench):
 
 def truncate_newest(checkpoints):
     """Cuts the largest file of the newest whole checkpoint short, and returns the step."""
-    newest = max((p for p in checkpoints.iterdir() if (p / "manifest.json").exists()), key=lambda p: int(p.name))
-    os.truncate(max(newest.rglob("d/*"), key=lambda p: p.stat().st_size), 100)
-    return newest.name
+    newest = max(int(p.parent.name) for p in checkpoints.glob("*/manifest.json"))
+    os.truncate(max((checkpoints / str(newest)).rglob("d/*"), key=os.path.getsize), 100)
+    return newest
 
 
 def test_kill_9_then_sigterm_then_a_truncated_checkpoint_change_no_bit(bench, uninterrupted):
@@ -150,7 +151,7 @@ def test_kill_9_then_sigterm_then_a_truncated_checkpoint_change_no_bit(bench, un
     assert 125 <= saved < LAST
     assert (bench.folder / run / "checkpoints" / str(saved) / "manifest.json").exists()
 
-    assert truncate_newest(bench.folder / run / "checkpoints") == str(saved)
+    assert truncate_newest(bench.folder / run / "checkpoints") == saved
     output = bench.finish(run)
     assert f"checkpoint {saved} is not used: state/" in output
     assert "has 100 bytes instead of" in output
