@@ -124,15 +124,25 @@ class Checkpoints:
         if jax.process_index() == 0:
             rank = None if val_loss is None or not math.isfinite(val_loss) else float(val_loss)
             files.write_manifest(self.folder / str(step), {"step": step, "val_loss": rank})
-            self._delete_superseded()
+            self._delete_superseded(step)
 
-    def _delete_superseded(self) -> None:
-        """Deletes what is older than the newest saved step and not to be kept, remains of a killed process included."""
-        losses = {step: files.read_manifest(self.folder / str(step))["val_loss"] for step in self.steps()}
-        keep = kept(losses, self._config)
+    def _delete_superseded(self, newest: int) -> None:
+        """Deletes what is older than `newest` and not to be kept, the remains of killed processes included.
+
+        A step whose manifest cannot be read neither counts nor goes: someone may still save something of it.
+        """
+        losses, spared = {}, set()
+        for step in self.steps():
+            try:
+                losses[step] = files.read_manifest(self.folder / str(step))["val_loss"]
+            except (ValueError, OSError):
+                spared.add(step)
         for step in _listed(self.folder):
-            if step < max(losses) and step not in keep:
-                _delete(self.folder / str(step))
+            if step < newest and step not in kept(losses, self._config) | spared:
+                try:
+                    _delete(self.folder / str(step))
+                except OSError as e:
+                    logging.warning("checkpoint %d could not be deleted: %s", step, e.strerror or e)
 
     def _failure(self, step: int, error: Exception) -> RunError:
         free = files.free_bytes(self.folder)
@@ -234,7 +244,9 @@ def _agree(choice: _Choice | RunError) -> _Choice:
 def _named(tree: Any) -> dict[str, Any]:
     """The leaves of `tree` by their path, such as "params.blocks.attention.query.kernel"."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    assert len(named) == len(leaves), "two leaves have one name"
+    return named
 
 
 def _saved_leaves(path: epath.Path) -> dict[str, Any]:

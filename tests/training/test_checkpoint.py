@@ -295,6 +295,17 @@ def test_remains_of_a_killed_process_are_cleared(tmp_path, state, abstract):
     assert sorted(p.name for p in folder.iterdir()) == ["10", "20", "30", "notes"]
 
 
+def test_what_cannot_be_read_or_deleted_does_not_stop_the_run(tmp_path, state, caplog):
+    folder = save_all(tmp_path, state, [10, 20, 30], keep=3)
+    flip(pathlib.Path(folder / "20" / files.MANIFEST), 60)
+    (tmp_path / "elsewhere").mkdir()
+    os.symlink(tmp_path / "elsewhere", folder / "5")  # a link cannot be deleted like a folder
+    with Checkpoints(folder, CheckpointConfig(keep=1)) as checkpoints:
+        checkpoints.save(40, state)
+    assert sorted(p.name for p in folder.iterdir()) == ["20", "40", "5", "elsewhere"]
+    assert "checkpoint 5 could not be deleted" in caplog.text
+
+
 # --- what does not fit
 
 
