@@ -31,7 +31,7 @@ def door(*arguments: str) -> subprocess.CompletedProcess:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     print(
         f"{time.monotonic() - start:.2f} s: {' '.join(arguments)}\n{done.stderr}"
