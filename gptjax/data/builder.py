@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from gptjax.data.local import Split
+from gptjax.errors import UsageError
 
 
 class LocalDocuments(tfds.core.GeneratorBasedBuilder):
@@ -41,8 +42,14 @@ class LocalDocuments(tfds.core.GeneratorBasedBuilder):
             yield index, {"text": text, "continues": continues}
 
 
-def write(splits: Mapping[str, Split], folder: pathlib.Path) -> None:
-    """Writes `splits` as a TFDS dataset into `folder`, quietly."""
+def write(source: str, splits: Mapping[str, Split], folder: pathlib.Path) -> None:
+    """Writes the `splits` that hold any text as a TFDS dataset into `folder`, quietly.
+
+    Raises UsageError if none does.
+    """
+    splits = {name: split for name, split in splits.items() if next(split(), None)}  # TFDS cannot write an empty one
+    if not splits:
+        raise UsageError(f"data.dataset={source!r}: holds no text; valid: files that are not empty")
     tfds.disable_progress_bar()
     level = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)

@@ -8,20 +8,23 @@ TensorFlow; a dataset prepared once, anywhere, in array_record format, does not.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import functools
-import os
 import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any, Literal
+
+from etils import epath
 
 from gptjax.config import DataConfig
 from gptjax.data import local
 from gptjax.data.cache import build_once, cache_root, fingerprint, fingerprint_files, note
 from gptjax.errors import RunError, UsageError
 
-_PART = re.compile(r"(?:(?P<weight>[0-9][0-9.eE-]*)\s*\*\s*)?(?P<name>.*)", re.DOTALL)
+_PART = re.compile(r"(?:(?P<weight>-?[0-9][0-9.eE-]*)\s*\*\s*)?(?P<name>.*)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,10 @@ class Corpus:
         """
         source = _data_source(self.folder, self.split)
         for index in range(start, self.num_examples if stop is None else stop):
-            example = source[index]
+            try:
+                example = source[index]
+            except (RuntimeError, ValueError, IndexError) as e:  # ArrayRecord checks every record's hash
+                raise RunError(f"{self.folder}: example {index} of {self.split} cannot be read: {e}") from e
             try:
                 text = example[self.field].decode()
             except UnicodeDecodeError as e:
@@ -66,6 +72,13 @@ def open_corpora(config: DataConfig, split: Literal["train", "eval"]) -> list[Co
     """
     instruction = config.train_split if split == "train" else config.eval_split
     return [_open(config, name, weight, instruction, split) for name, weight in parse_mixture(config.dataset)]
+
+
+def split_texts(config: DataConfig, split: Literal["train", "eval"]) -> Iterator[str]:
+    """The text of a split as it was before tokenising, in order; long documents in several pieces."""
+    for corpus in open_corpora(config, split):
+        for text, _ in corpus.pieces():
+            yield text
 
 
 def parse_mixture(dataset: str) -> list[tuple[str, float]]:
@@ -118,7 +131,7 @@ def _open(config: DataConfig, name: str, weight: float, instruction: str, split:
             f"data.{split}_split={instruction!r}: {name} has no text there; valid: a split that is not empty"
         )
     if source is None:
-        identity += [[os.path.basename(path), os.stat(path).st_size] for path in map(str, info.filepaths)]
+        identity += [[path.name, path.stat().length] for path in map(epath.Path, info.filepaths)]
     return Corpus(
         name=name,
         weight=weight,
@@ -126,7 +139,7 @@ def _open(config: DataConfig, name: str, weight: float, instruction: str, split:
         split=instruction,
         field=field,
         num_examples=info.num_examples,
-        num_bytes=_estimate_bytes(builder, info),
+        num_bytes=_estimate_bytes(builder, info, instruction),
         fingerprint=fingerprint([identity, instruction, field]),
     )
 
@@ -139,7 +152,7 @@ def _local_builder(config: DataConfig, name: str, source: local.LocalSource, con
         from gptjax.data import builder
 
         note(f"{name}: reading {len(source.files):,} files")
-        builder.write(source.splits, folder)
+        builder.write(name, source.splits, folder)
 
     folder = cache_root(config) / "corpora" / content
     build_once(folder, build, lambda folder: None)
@@ -147,13 +160,41 @@ def _local_builder(config: DataConfig, name: str, source: local.LocalSource, con
 
 
 def _tfds_builder(name: str, config: DataConfig) -> Any:
+    """The builder of a TFDS dataset that is prepared in array_record format."""
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
 
-    try:
-        builder = tfds.builder(name, data_dir=config.data_dir or None)
-    except tfds.core.registered.DatasetNotFoundError as e:
-        raise UsageError(f"data.dataset={name!r}: {e}") from None
+    where = config.data_dir or str(tfds.core.constants.DATA_DIR)
+    builder = None
+    if re.match(r"\w+:\D", name):  # a collection of others, such as huggingface:NAME
+        try:
+            builder = tfds.builder(name, data_dir=where)
+        except Exception as e:  # whatever its client raises when it finds no server or no such name
+            raise UsageError(f"data.dataset={name!r}: TFDS cannot open it: {str(e).splitlines()[0]}") from e
+    else:
+        with contextlib.suppress(tfds.core.registered.DatasetNotFoundError, ValueError):
+            builder = read_only_builder.builder_from_files(name, data_dir=where)
+        base, known = re.split(r"[/:]", name)[0], tfds.list_builders(with_community_datasets=False)
+        if builder is None and base not in known:
+            near = difflib.get_close_matches(base, known, 1)
+            raise UsageError(
+                f"data.dataset={name!r}: no TFDS name, and nothing of that name under {where}; "
+                + (f"did you mean {near[0]}? " if near else "")
+                + "valid: a TFDS name, python_stdlib, text:GLOB or jsonl:GLOB"
+            )
+    if builder is None or not builder.is_prepared() or not _has_random_access(builder):
+        raise UsageError(
+            f"data.dataset={name!r}: not prepared in array_record format under {where}; prepare it once, in any "
+            f"environment with TensorFlow: tfds build {name} --file_format=array_record --data_dir={where}"
+        )
     return builder
+
+
+def _has_random_access(builder: Any) -> bool:
+    from tensorflow_datasets.core import file_adapters
+
+    formats = builder.info.available_file_formats()
+    return file_adapters.FileFormat.ARRAY_RECORD in formats
 
 
 def _text_field(builder: Any, name: str, field: str) -> str:
@@ -168,13 +209,13 @@ def _text_field(builder: Any, name: str, field: str) -> str:
     raise UsageError(f"data.text_field={field!r}: {problem} in {name}; valid: {', '.join(texts) or 'none'}")
 
 
-def _estimate_bytes(builder: Any, info: Any) -> int:
+def _estimate_bytes(builder: Any, info: Any, instruction: str) -> int:
     """About how many bytes a split holds; TFDS knows it for whole ones, a slice's go by its examples."""
     if info.num_bytes:
         return info.num_bytes
-    splits = builder.info.splits.values()
-    examples = sum(split.num_examples for split in splits)
-    return max(1, sum(split.num_bytes for split in splits) * info.num_examples // examples)
+    named = re.findall(r"\w+", instruction)
+    whole = [split for name, split in builder.info.splits.items() if name in named]
+    return max(1, sum(s.num_bytes for s in whole) * info.num_examples // sum(s.num_examples for s in whole))
 
 
 @functools.lru_cache(maxsize=8)
@@ -182,7 +223,4 @@ def _data_source(folder: str, split: str) -> Any:
     import tensorflow_datasets as tfds
 
     builder: Any = tfds.builder_from_directory(folder)
-    try:
-        return builder.as_data_source(split)
-    except NotImplementedError:
-        raise RunError(f"{folder}: not in array_record format") from None
+    return builder.as_data_source(split)

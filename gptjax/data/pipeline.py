@@ -10,6 +10,8 @@ readers: Grain prefetches whole steps here, and the shuffled windows are only nu
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -65,8 +67,11 @@ def train_batches(
         )
     else:
         iterator = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=BUFFERED_STEPS)))
-    batches = (_batch(tokens, store, config) for tokens in iterator)
-    weakref.finalize(batches, iterator.close)  # also at exit, before Grain's modules are torn down
+    # Grain's iterator must be closed and gone before its modules are torn down, or the end of the program is noisy.
+    cell = [iterator]
+    del iterator
+    batches = (_batch(next(cell[0]), store, config) for _ in itertools.count())
+    weakref.finalize(batches, lambda: cell.pop().close())
     return batches
 
 
@@ -87,14 +92,17 @@ def eval_batches(
     rows = _host_rows(batch_size, process_index, process_count)
     length = config.seq_len
     windows = [(stream, start) for stream in store.streams for start in range(0, max(1, stream.num_tokens - 1), length)]
-    for first in range(0, len(windows), batch_size)[: num_batches or None]:
+
+    def batch(first: int) -> Batch:
         tokens = np.full((len(rows), length + 1), store.bos_id, np.int32)
         mask = np.zeros((len(rows), length), np.float32)
         for row, (stream, start) in enumerate(windows[first : first + batch_size][rows.start : rows.stop]):
             count = min(length + 1, stream.num_tokens - start)
             stream.read(start, tokens[row, :count])
             mask[row, : count - 1] = 1
-        yield _batch(tokens, store, config, mask)
+        return _batch(tokens, store, config, mask)
+
+    return map(batch, range(0, len(windows), batch_size)[: num_batches or None])
 
 
 def _window_order(store: TokenStore, config: DataConfig) -> grain.MapDataset:
@@ -122,9 +130,13 @@ class _Shift:
     seed: int
 
     def __call__(self, index: int, window: int) -> tuple[int, int]:
-        epoch = index // self.num_windows
-        shift = np.random.default_rng([self.seed, self.stream, epoch]).integers(self.seq_len)
-        return self.stream, window * self.seq_len + int(shift)
+        shift = _shift(self.seed, self.stream, index // self.num_windows, self.seq_len)
+        return self.stream, window * self.seq_len + shift
+
+
+@functools.lru_cache(maxsize=256)
+def _shift(seed: int, stream: int, epoch: int, seq_len: int) -> int:
+    return int(np.random.default_rng([seed, stream, epoch]).integers(seq_len))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import pathlib
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -27,64 +30,89 @@ from gptjax.data.cache import hash_file, note
 from gptjax.data.corpora import Corpus
 from gptjax.data.store import INDEX_FILE, Shard, token_dtype
 from gptjax.data.tokenizers import Tokenizer, load_saved_tokenizer
-from gptjax.errors import RunError
+from gptjax.errors import RunError, UsageError
 
 SHARD_BYTES = 2 << 20  # of text in a shard of a small corpus
 MAX_SHARDS = 512
 ALONE_BYTES = 16 << 20  # less text than this is not worth the start of processes
 
 
+class Job(NamedTuple):
+    """The examples of one shard."""
+
+    path: pathlib.Path
+    start: int
+    stop: int
+
+
 def write_store(folder: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, num_processes: int | None = None) -> None:
-    """Tokenises `corpus` into shard files and an index in `folder`, reporting progress.
+    """Tokenises `corpus` into shard files, an index and a copy of the tokenizer in `folder`, reporting progress.
 
     num_processes: one per core by default, and none besides this one for a small corpus.
+    Raises UsageError for text that the tokenizer cannot encode or if there is none.
     """
     num_shards = min(MAX_SHARDS, corpus.num_examples, math.ceil(corpus.num_bytes / SHARD_BYTES))
     bounds = [i * corpus.num_examples // num_shards for i in range(num_shards + 1)]
-    jobs = [(str(folder / f"tokens-{i:05}.bin"), a, b) for i, (a, b) in enumerate(itertools.pairwise(bounds))]
+    jobs = [Job(folder / f"tokens-{i:05}.bin", *bound) for i, bound in enumerate(itertools.pairwise(bounds))]
+    tokenizer.save(epath.Path(folder / "tokenizer"))
     if num_processes is None:
         num_processes = 1 if corpus.num_bytes < ALONE_BYTES else len(os.sched_getaffinity(0))
     if num_processes == 1:
-        results = (_write_shard(corpus, tokenizer, *job) for job in jobs)
+        results = (_write_shard(corpus, tokenizer, job) for job in jobs)
     else:
-        results = _in_processes(folder, corpus, tokenizer, jobs, min(num_processes, num_shards))
+        results = _in_processes(folder / "tokenizer", corpus, jobs, min(num_processes, num_shards))
     shards = sorted(_report(results, corpus), key=lambda shard: shard.file)
-    index = {"dtype": token_dtype(tokenizer.vocab_size), "shards": [dataclasses.asdict(shard) for shard in shards]}
+    if not any(shard.num_bytes for shard in shards):
+        raise UsageError(f"{corpus.name}: the split {corpus.split} holds no text; valid: a split that is not empty")
+    index = {
+        "dtype": token_dtype(tokenizer.vocab_size),
+        "shards": [dataclasses.asdict(shard) for shard in shards if shard.num_tokens],
+    }
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n")
 
 
-def _write_shard(corpus: Corpus, tokenizer: Tokenizer, path: str, start: int, stop: int) -> Shard:
+def _write_shard(corpus: Corpus, tokenizer: Tokenizer, job: Job) -> Shard:
     dtype = token_dtype(tokenizer.vocab_size)
-    num_tokens = num_bytes = num_documents = 0
-    max_id = tokenizer.bos_id
-    bos = np.array([tokenizer.bos_id], dtype).tobytes()
-    with open(path, "wb") as f:
-        for text, continues in corpus.pieces(start, stop):
-            if not continues:
-                f.write(bos)
-                num_tokens += 1
-                num_documents += 1
+    bos = np.array([tokenizer.bos_id], np.int32)
+    num_tokens = num_bytes = num_documents = max_id = 0
+    with open(job.path, "wb") as f:
+        for text, continues in corpus.pieces(job.start, job.stop):
             ids = tokenizer.encode(text)
-            if ids.size:
-                max_id = max(max_id, int(ids.max()))
-                assert ids.min() >= 0
-                assert max_id < tokenizer.vocab_size
+            if not continues:
+                ids = np.concatenate([bos, ids])
+                num_documents += 1
+            max_id = max(max_id, int(ids.max(initial=0)))
+            if max_id >= tokenizer.vocab_size or ids.min(initial=0) < 0:
+                raise AssertionError(f"{tokenizer.kind} gave an id outside 0..{tokenizer.vocab_size - 1}")
             f.write(ids.astype(dtype).tobytes())
             num_tokens += len(ids)
             num_bytes += len(text.encode())
-    return Shard(os.path.basename(path), num_tokens, num_bytes, num_documents, max_id, hash_file(path))
+    return Shard(job.path.name, num_tokens, num_bytes, num_documents, max_id, hash_file(job.path))
 
 
-_worker: tuple[Corpus, Tokenizer] | None = None
+def _in_processes(
+    saved_tokenizer: pathlib.Path, corpus: Corpus, jobs: list[Job], num_processes: int
+) -> Iterator[Shard]:
+    pool = concurrent.futures.ProcessPoolExecutor(
+        num_processes,
+        mp_context=multiprocessing.get_context("spawn"),  # a fork would copy JAX's threads
+        initializer=_start_worker,
+    )
+    try:
+        futures = [pool.submit(_work, corpus, str(saved_tokenizer), job) for job in jobs]
+        for future in concurrent.futures.as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool:
+        raise RunError(f"{corpus.name}: a process that tokenised was killed, perhaps for want of memory") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(corpus: Corpus, tokenizer_folder: str) -> None:
-    global _worker
+def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = corpus, load_saved_tokenizer(tokenizer_folder)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
 
-    # A worker whose parent was killed would wait for work forever.
-    def follow() -> None:
+    def follow() -> None:  # a worker whose parent was killed would wait for work forever
         parent = multiprocessing.parent_process()
         assert parent is not None
         parent.join()
@@ -93,29 +121,13 @@ def _start_worker(corpus: Corpus, tokenizer_folder: str) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _work(path: str, start: int, stop: int) -> Shard:
-    assert _worker is not None
-    return _write_shard(*_worker, path, start, stop)
+def _work(corpus: Corpus, tokenizer_folder: str, job: Job) -> Shard:
+    return _write_shard(corpus, _tokenizer(tokenizer_folder), job)
 
 
-def _in_processes(
-    folder: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, jobs: list, num_processes: int
-) -> Iterator[Shard]:
-    saved = folder / "tokenizer"
-    tokenizer.save(epath.Path(saved))
-    pool = concurrent.futures.ProcessPoolExecutor(
-        num_processes,
-        mp_context=multiprocessing.get_context("spawn"),  # a fork would copy JAX's threads
-        initializer=_start_worker,
-        initargs=(corpus, str(saved)),
-    )
-    try:
-        for future in concurrent.futures.as_completed([pool.submit(_work, *job) for job in jobs]):
-            yield future.result()
-    except BrokenProcessPool:
-        raise RunError(f"{corpus.name}: a process that tokenised was killed, perhaps for want of memory") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+@functools.cache
+def _tokenizer(folder: str) -> Tokenizer:
+    return load_saved_tokenizer(folder)
 
 
 def _report(results: Iterator[Shard], corpus: Corpus) -> list[Shard]:

@@ -74,7 +74,8 @@ class TokenStream:
 
     @functools.cached_property
     def _maps(self) -> list[np.ndarray]:
-        return [np.memmap(os.path.join(self.folder, shard.file), self.dtype, "r") for shard in self.shards]
+        paths = [os.path.join(self.folder, shard.file) for shard in self.shards]
+        return [np.memmap(path, self.dtype, "r").view(np.ndarray) for path in paths]  # a memmap's own slices are slow
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
