@@ -187,11 +187,6 @@ def load_params(
     return _load(path, {kind: placed}, partial=True)[kind], choice.step
 
 
-def num_bytes(state: Any) -> int:
-    """Bytes of a state's arrays, abstract or real: an upper bound, but for a few files of metadata, of a checkpoint."""
-    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(state))
-
-
 class _Choice(NamedTuple):
     """step: the one to load; None: nothing was saved. sealed: it has a manifest. broken: steps that do not verify."""
 

@@ -66,7 +66,7 @@ class RunDir:
         file = self.path / "lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = open(file, "a+", encoding="utf-8")  # noqa: SIM115  it stays open while the lock is held
+            handle = open(file, "a+b", buffering=0)  # noqa: SIM115  it stays open while the lock is held
         except OSError as e:
             raise RunError(f"{self.path}: cannot be written to: {e.strerror or e}") from None
         with handle:
@@ -74,15 +74,15 @@ class RunDir:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 handle.seek(0)
-                owner = handle.read().strip() or "another process"
+                owner = handle.read().decode().strip() or "another process"
                 raise RunError(
                     f"{self.path} is in use by {owner}; wait for it, stop it, or choose another --workdir"
                 ) from None
             except OSError as e:
                 logging.warning("%s: no lock (%s); nothing keeps a second process out", file, e.strerror)
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {socket.gethostname()}, since {_now()}\n")
-            handle.flush()
+            with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
+                handle.truncate(0)
+                handle.write(f"process {os.getpid()} on {socket.gethostname()}, since {_now()}\n".encode())
             yield
 
     def freeze(self, config: Config, fingerprints: dict[str, str], *, allow_change: bool) -> None:
