@@ -63,7 +63,7 @@ class Bench:
     def ended(self, log, process, status):
         """Waits for the end of `process`, checks its status and returns what it printed."""
         try:
-            process.wait(300)
+            process.wait(900)
         finally:
             process.kill()
         output = (self.folder / f"{log}.log").read_text()
