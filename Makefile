@@ -4,7 +4,7 @@
 # .dev inside it say what is installed, so a second call is instant and a change of setup.py or of the lock installs anew.
 
 # PYTHON: the interpreter of the environment. VENV: its folder. UV: "no" installs with pip alone, otherwise with uv where
-# it is on the PATH or can be had from pip. SLOW: 1 runs the slow tests too. JOBS: processes that share the tests.
+# it is on the PATH or can be had from pip. SLOW: 1 runs the slow tests too. JOBS: processes that share the test files.
 # PYTEST: more arguments for pytest.
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,7 +28,7 @@ quickstart: $(VENV)/.core ## Train a small GPT on Python's standard library, a f
 	$(BIN)/python -m gptjax.main --config=experiments/quickstart.py --workdir=runs/quickstart
 
 test: lint ## Lint, check types and run the tests; SLOW=1 for the slow ones too
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(JOBS) $(MARKS) $(PYTEST)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(MARKS) $(PYTEST)
 
 lint: $(VENV)/.dev ## Check style, format and types; changes nothing
 	$(BIN)/ruff check
