@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -16,7 +17,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from gptjax.data.local import Split
-from gptjax.errors import UsageError
+from gptjax.errors import RunError, UsageError
 
 
 class LocalDocuments(tfds.core.GeneratorBasedBuilder):
@@ -45,7 +46,7 @@ class LocalDocuments(tfds.core.GeneratorBasedBuilder):
 def write(source: str, splits: Mapping[str, Split], folder: pathlib.Path) -> None:
     """Writes the `splits` that hold any text as a TFDS dataset into `folder`, quietly.
 
-    Raises UsageError if none does.
+    Raises UsageError if none does, RunError for a full disk.
     """
     splits = {name: split for name, split in splits.items() if next(split(), None)}  # TFDS cannot write an empty one
     if not splits:
@@ -56,5 +57,8 @@ def write(source: str, splits: Mapping[str, Split], folder: pathlib.Path) -> Non
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             LocalDocuments(splits=splits, data_dir=folder).download_and_prepare()
+    except RuntimeError as e:  # what ArrayRecord makes of a full disk
+        raise RunError(f"{source}: cannot be written to the cache: {e}") from e
     finally:
         logging.set_verbosity(level)
+    shutil.rmtree(folder / "downloads")  # TFDS makes it for every dataset

@@ -113,7 +113,8 @@ def _window_order(store: TokenStore, config: DataConfig) -> grain.MapDataset:
     for number, stream in enumerate(store.streams):
         windows = grain.MapDataset.range(_num_windows(stream, store, config))
         # Parts of a mixture get seeds of their own, or equally long ones would come in the same order.
-        order = windows.seed(config.seed + number).shuffle().repeat()
+        [seed] = np.random.SeedSequence([config.seed, number]).generate_state(1)
+        order = windows.seed(int(seed)).shuffle().repeat()
         orders.append(order.map_with_index(_Shift(number, len(windows), config.seq_len, config.seed)))
     if len(orders) == 1:
         return orders[0]

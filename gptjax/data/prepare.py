@@ -56,7 +56,7 @@ def write_store(folder: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, num_
     jobs = [Job(folder / f"tokens-{i:05}.bin", *bound) for i, bound in enumerate(itertools.pairwise(bounds))]
     tokenizer.save(epath.Path(folder / "tokenizer"))
     if num_processes is None:
-        num_processes = 1 if corpus.num_bytes < ALONE_BYTES else len(os.sched_getaffinity(0))
+        num_processes = 1 if corpus.num_bytes < ALONE_BYTES else _num_cores()
     if num_processes == 1:
         results = (_write_shard(corpus, tokenizer, job) for job in jobs)
     else:
@@ -108,6 +108,11 @@ def _in_processes(
         pool.shutdown(cancel_futures=True)
 
 
+def _num_cores() -> int:
+    """Cores that this process may use; macOS only tells how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
@@ -138,9 +143,15 @@ def _report(results: Iterator[Shard], corpus: Corpus) -> list[Shard]:
     if sys.stderr.isatty():
         from rich import console, progress
 
-        columns = (*progress.Progress.get_default_columns(), progress.DownloadColumn(), progress.TransferSpeedColumn())
+        columns = (
+            progress.TextColumn(f"tokenizing {corpus.split}"),
+            progress.BarColumn(20),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+        )
         with progress.Progress(*columns, console=console.Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(f"tokenizing {what}", total=corpus.num_bytes)
+            task = bar.add_task("", total=corpus.num_bytes)
             for shard in results:
                 shards.append(shard)
                 bar.advance(task, shard.num_bytes)

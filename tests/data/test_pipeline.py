@@ -82,6 +82,7 @@ def test_a_restart_goes_on_where_it_was(store_and_config):
     assert_same(take(store, config, 2, start_step=late)[1:], take(store, config, 1, start_step=late + 1))
 
 
+@pytest.mark.parametrize("store_and_config", ["mixture"], indirect=True)
 def test_worker_processes_change_nothing(store_and_config):
     store, config = store_and_config
     workers = dataclasses.replace(config, num_workers=2)
@@ -101,7 +102,7 @@ if __name__ == "__main__":
     batches = data.train_batches(store, config, batch_size=8, start_step=0)
     print(next(batches).tokens.sum())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == take(stores("train"), make_config(), 1)[0].tokens.sum()
     assert done.stderr == ""

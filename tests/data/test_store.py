@@ -242,6 +242,27 @@ def start(big: Path, cache: Path, alone_bytes: int = 1 << 30) -> subprocess.Pope
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+def children_of(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:  # it has ended, or this is no Linux
+        return []
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"  # a container may keep zombies
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids: list[str], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while left := [pid for pid in pids if is_running(pid)]:
+        assert time.monotonic() < deadline, f"processes {left} have outlived their parent"
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_preparation_leaves_nothing_that_looks_finished(big, tmp_path, processes: int):
     cache = tmp_path / "cache"
@@ -251,8 +272,10 @@ def test_a_killed_preparation_leaves_nothing_that_looks_finished(big, tmp_path, 
         child = start(big, cache, alone)
         while len(list(cache.glob("tokens/*.partial*/tokens-*.bin"))) < written and child.poll() is None:
             time.sleep(0.002)
+        workers = children_of(child.pid)
         child.send_signal(signal.SIGKILL)
         child.communicate()
+        wait_until_gone(workers)
         if child.returncode == 0:
             shutil.rmtree(cache / "tokens")  # it was faster than we were
             continue
