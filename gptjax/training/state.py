@@ -42,14 +42,14 @@ def abstract_state(
     shapes = jax.eval_shape(lambda key: init_state(model, optimizer, key, ema=ema), jax.random.key(0))
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def place(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    def place(leaf: Any, sharding: NamedSharding) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    def place_optimizer_leaf(leaf: Any, param: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    def place_optimizer_leaf(leaf: Any, param: Any, sharding: NamedSharding) -> Any:
         return place(leaf, sharding if leaf.shape == param.shape else replicated)
 
     opt_state = optax.tree_utils.tree_map_params(
-        optimizer,
+        optimizer.init,
         place_optimizer_leaf,
         shapes.opt_state,
         shapes.params,

@@ -19,7 +19,7 @@ from gptjax.types import Batch, Key, LossFn, Metrics, Params, TrainState
 def make_train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
-    schedule: Callable[[jax.Array], jax.Array],
+    schedule: Callable[[Any], Any],
     *,
     seed: int = 0,
     grad_accum: int = 1,
