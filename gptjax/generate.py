@@ -22,7 +22,7 @@ flags.DEFINE_integer("max_new_tokens", 200, "tokens in each continuation, at mos
 flags.DEFINE_float("temperature", 0.8, "below 1 more predictable, above 1 less; 0: always the likeliest token")
 flags.DEFINE_integer("top_k", 0, "choose among this many tokens only; 0: all")
 flags.DEFINE_float("top_p", 1.0, "choose among the likeliest tokens that have this probability together; 1: all")
-flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0)
+flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_bound=2**32 - 1)
 flags.DEFINE_bool("json", False, "print the result as one JSON object on the last line")
 FLAGS = flags.FLAGS
 
@@ -39,14 +39,13 @@ def main(_: list[str]) -> None:
     from gptjax.decoding import SamplingConfig
 
     sampling = SamplingConfig(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
-    from gptjax.decoding.run import print_samples
+    from gptjax.decoding.run import load_run, print_samples
     from gptjax.sharding import runtime
 
     runtime.start(config.data.cache_dir)
     print_samples(
-        FLAGS.workdir,
+        load_run(FLAGS.workdir, FLAGS.step),
         prompt,
-        step=FLAGS.step,
         sampling=sampling,
         num_samples=FLAGS.num_samples,
         max_new_tokens=FLAGS.max_new_tokens,

@@ -24,13 +24,14 @@ from gptjax.types import Model, Params
 
 
 class LoadedRun(NamedTuple):
-    """What `stream_text` wants, and the step of the checkpoint that it came from."""
+    """What `stream_text` wants, and the run and checkpoint that it came from."""
 
+    workdir: str
+    step: int
     model: Model
     params: Params
     tokenizer: data.Tokenizer
     context: int | None
-    step: int
 
 
 def load_run(workdir: epath.PathLike, step: int | None = None) -> LoadedRun:
@@ -43,14 +44,13 @@ def load_run(workdir: epath.PathLike, step: int | None = None) -> LoadedRun:
     abstract_params = jax.eval_shape(lambda key: unbox(model.init(key)), jax.random.key(0))
     params, step = load_params(rundir.checkpoints, abstract_params, step)
     tokenizer = data.load_saved_tokenizer(rundir.tokenizer)
-    return LoadedRun(model, params, tokenizer, context_length(config), step)
+    return LoadedRun(str(workdir), step, model, params, tokenizer, context_length(config))
 
 
 def print_samples(
-    workdir: str,
+    run: LoadedRun,
     prompt: str,
     *,
-    step: int | None,
     sampling: SamplingConfig,
     num_samples: int,
     max_new_tokens: int,
@@ -59,10 +59,8 @@ def print_samples(
 ) -> None:
     """Prints each continuation behind its prompt: one alone as it comes, several apart, when all have ended.
 
-    Speed and why a text ended go to stderr. as_json: also a line with one JSON object. Errors as in `load_run` and
-    `stream_text`.
+    Speed and why a text ended go to stderr. as_json: also a line with one JSON object. Errors as in `stream_text`.
     """
-    run = load_run(workdir, step)
     # A terminal that cannot show a character shows its number instead.
     sys.stdout.reconfigure(errors="backslashreplace")  # pyrefly: ignore
     pieces = stream_text(
@@ -103,5 +101,5 @@ def print_samples(
     print(f"[step {run.step:,}; {num_tokens:,} tokens, {tokens_per_second:,.0f} a second]", file=sys.stderr)
     if as_json:
         settings = {"seed": seed, "max_new_tokens": max_new_tokens, **dataclasses.asdict(sampling)}
-        result = {"workdir": workdir, "step": run.step, "prompt": prompt, **settings, "samples": samples}
+        result = {"workdir": run.workdir, "step": run.step, "prompt": prompt, **settings, "samples": samples}
         print(json.dumps(result | {"tokens_per_second": round(tokens_per_second, 1)}))
