@@ -20,10 +20,13 @@ flags.DEFINE_string("prompt_file", None, "a UTF-8 file to read the prompt from, 
 flags.DEFINE_integer("num_samples", 1, "continuations of the prompt", lower_bound=1)
 flags.DEFINE_integer("max_new_tokens", 200, "tokens in each continuation, at most", lower_bound=1)
 flags.DEFINE_float("temperature", 0.8, "below 1 more predictable, above 1 less; 0: always the likeliest token")
-flags.DEFINE_integer("top_k", 0, "choose among this many tokens only; 0: all")
-flags.DEFINE_float("top_p", 1.0, "choose among the likeliest tokens that have this probability together; 1: all")
+flags.DEFINE_integer("top_k", 0, "choose among this many tokens only; 0: all", lower_bound=0)
+flags.DEFINE_float("top_p", 1.0, "choose among the likeliest tokens of this probability together; 1: all")
 flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_bound=2**32 - 1)
 flags.DEFINE_bool("json", False, "print the result as one JSON object on the last line")
+# SamplingConfig checks these too, but it comes with JAX, and a mistake should not wait for that.
+flags.register_validator("temperature", lambda t: 0 <= t < float("inf"), "valid: 0 (greedy) or a positive number")
+flags.register_validator("top_p", lambda p: 0 < p <= 1, "valid: above 0, at most 1 (all)")
 FLAGS = flags.FLAGS
 
 
@@ -35,10 +38,8 @@ def main(_: list[str]) -> None:
     from gptjax.training.rundir import RunDir
 
     config = RunDir.load_config(FLAGS.workdir)
-    # JAX comes in here and not above, so that --help and most mistakes are answered at once.
+    # JAX comes in here and not above, so that --help and a mistake are answered at once.
     from gptjax.decoding import SamplingConfig
-
-    sampling = SamplingConfig(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
     from gptjax.decoding.run import load_run, print_samples
     from gptjax.sharding import runtime
 
@@ -46,7 +47,7 @@ def main(_: list[str]) -> None:
     print_samples(
         load_run(FLAGS.workdir, FLAGS.step),
         prompt,
-        sampling=sampling,
+        sampling=SamplingConfig(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p),
         num_samples=FLAGS.num_samples,
         max_new_tokens=FLAGS.max_new_tokens,
         seed=FLAGS.seed,

@@ -195,6 +195,7 @@ def test_the_doors_help_needs_no_jax_and_names_every_flag():
         (["--workdir={}/run", "--max_new_tokens=-3"], "max_new_tokens"),
         (["--workdir={}/run", "--top_k=few"], "top_k"),
         (["--workdir={}/run", "--temperature=-1"], "temperature=-1.0: valid: 0 (greedy) or a positive number"),
+        (["--workdir={}/run", "--temperature=nan"], "temperature=nan: valid: 0"),
         (["--workdir={}/run", "--top_p=0"], "top_p=0.0: valid: above 0, at most 1"),
         (["--workdir={}/run", "--temprature=1"], "temprature"),
         (["--workdir={}/run", "--config.model.num_layers=3"], "takes no config"),
