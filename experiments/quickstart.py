@@ -3,8 +3,8 @@
     make quickstart
     python -m gptjax.main --config=experiments/quickstart.py --workdir=runs/quickstart
 
-Four minutes of two CPU cores are the budget, and tokens the scarce thing in it: a network of 1.1 million parameters sees
-1.5 million tokens. A wider or deeper one learns more from each token and sees too few of them.
+Four minutes of two CPU cores are the budget, and tokens the scarce thing in it: a network of 1.1 million parameters
+sees 1.5 million tokens. A wider or deeper one learns more from each token and sees too few of them.
 
 Hardware: two CPU cores, under 3 GB of memory.
 """
