@@ -1,12 +1,12 @@
 """GPT-3 (Brown et al. 2020) in the eight sizes of its table 2.1, 125m to 175b, on C4.
 
-    python -m gptjax.main --config=experiments/gpt3.py:125m --workdir=runs/gpt3_125m \\
-        --config.data.tokenizer=PATH/tokenizer.json
+    python -m gptjax.main --config=experiments/gpt3.py:125m --workdir=runs/gpt3-125m
 
-PATH/tokenizer.json is GPT-2's tokenizer, which GPT-3 kept. Batches, learning rates, warm-up (375 million tokens) and
-budget (300 billion) are the paper's. What differs: the data, which is not public, so that C4's 156 billion tokens are
-read about twice; the cosine, which the paper ends after 260 of the 300 billion; batches are of full size from the
-start; and the layers between the dense ones see 256 tokens (see `gptjax.models.presets.gpt3`).
+Batches, learning rates, warm-up (375 million tokens) and budget (300 billion) are the paper's. What differs: the data,
+which is not public, so that C4's 156 billion tokens are read about twice; the pieces, which are trained on C4
+(`--config.data.tokenizer=PATH/tokenizer.json` takes GPT-2's own, as the paper does); the cosine, which the paper ends
+after 260 of the 300 billion; batches, of full size from the start; and every second layer, which sees 256 tokens (see
+`gptjax.models.presets.gpt3`).
 
 Hardware: 8 accelerators of 80 GB for 125m; the larger, the more, up to a TPU v5p-1024 (512 chips of 95 GB) for 175b,
 on which `fsdp` splits parameters, optimizer and batch over all chips.
@@ -40,7 +40,7 @@ def get_config(arg: str = "125m") -> Config:
     tokens = batch_size * SEQ_LEN
     return Config(
         model=dataclasses.replace(model, remat="dots" if model.embed_dim < 2048 else "full"),
-        data=DataConfig(dataset="c4/en", tokenizer="tokenizer.json", seq_len=SEQ_LEN),
+        data=DataConfig(dataset="c4/en", tokenizer="sentencepiece", tokenizer_vocab_size=50_257, seq_len=SEQ_LEN),
         train=TrainConfig(num_steps=round(300e9 / tokens), batch_size=batch_size),
         optim=OptimConfig(peak_lr=peak_lr, warmup_steps=round(375e6 / tokens)),
         checkpoint=CheckpointConfig(every=1000, keep_every=50_000),

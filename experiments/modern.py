@@ -1,7 +1,7 @@
 """A GPT as built since 2024: RoPE, RMSNorm, SwiGLU, grouped queries, QK-norm, no biases, untied embeddings.
 
-    python -m gptjax.main --config=experiments/modern.py:124m --workdir=runs/modern_124m
-    python -m gptjax.main --config=experiments/modern.py:small --workdir=runs/modern_small
+    python -m gptjax.main --config=experiments/modern.py:124m --workdir=runs/modern-124m
+    python -m gptjax.main --config=experiments/modern.py:small --workdir=runs/modern-small
 
 `:124m` has 12 layers of width 768 and a SentencePiece vocabulary of 32,768: 124.6 million parameters, of which 50 are
 the two tables. It reads 10 billion tokens of C4 in batches of half a million, and ends with a straight line to 0.

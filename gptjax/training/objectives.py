@@ -9,22 +9,24 @@ products of an ordinary loss, where recomputing the chunks would cost four.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.config import Config
 from gptjax.models.layers import platform
+from gptjax.sharding import RULES, partition_spec
 from gptjax.types import Array, Batch, Key, LossFn, Metrics, Model, Params
 
 # Bytes of one chunk's logits on one device, when the number of chunks is left to us, and the most chunks to take. Each
-# chunk adds to the gradient of the whole unembedding, and on a mesh exchanges it: accelerators want few and large ones.
+# chunk reads and writes a gradient of the whole unembedding, which on accelerators asks for few and large ones.
 CHUNK_BYTES = {"cpu": 64 * 2**20, "gpu": 512 * 2**20, "tpu": 512 * 2**20}
 MAX_CHUNKS = 8
-
-Unembed = Callable[..., jax.Array]  # (hidden [N, D], *parameters) -> float32 logits [N, V]
 
 
 def next_token(model: Model, config: Config) -> LossFn:
@@ -37,11 +39,15 @@ def next_token(model: Model, config: Config) -> LossFn:
     z_weight = config.train.z_loss
 
     def loss_fn(params: Params, batch: Batch, key: Key | None) -> tuple[jax.Array, Metrics]:
-        rng = key if config.model.dropout > 0 else None
-        output = model.hidden(params, batch, rng=rng)
-        unembed = functools.partial(model.unembed, params)
+        output = model.hidden(params, batch, rng=key if config.model.dropout > 0 else None)
         total, nll, log_z_squared = cross_entropy(
-            unembed, output.hidden, batch.targets, batch.loss_mask, z_weight=z_weight, chunks=config.train.loss_chunks
+            model.unembed,
+            params,
+            output.hidden,
+            batch.targets,
+            batch.loss_mask,
+            z_weight=z_weight,
+            chunks=config.train.loss_chunks,
         )
         weight = jnp.sum(batch.loss_mask)
         scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
@@ -65,7 +71,8 @@ OBJECTIVES: dict[str, Callable[[Model, Config], LossFn]] = {"next_token": next_t
 
 
 def cross_entropy(
-    unembed: Callable[[jax.Array], jax.Array],
+    unembed: Callable[[Params, jax.Array], jax.Array],
+    params: Params,
     hidden_BxTxD: jax.Array,
     targets_BxT: Array,
     mask_BxT: Array,
@@ -75,30 +82,38 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums over the mask: (nll + z_weight * log_z^2, nll, log_z^2), of which only the first can be differentiated.
 
-    unembed: hidden [N, D] -> float32 logits [N, V]; the gradient reaches the hidden states and the arrays that it
-    closes over. chunks: parts of the sequence; 0: by the logits' size. A target outside of the vocabulary has a
-    likelihood of 1 / Z, whatever that means: mask it.
+    unembed: (params, hidden [N, D]) -> float32 logits [N, V], of any part of params. chunks: parts of the sequence; 0:
+    by the logits' size. Targets outside of the vocabulary are no error: mask them.
     """
-    B, T, D = hidden_BxTxD.shape
-    row = jax.ShapeDtypeStruct((B, D), hidden_BxTxD.dtype)
-    chunks = min(chunks or automatic_chunks(B * T, jax.eval_shape(unembed, row).shape[-1]), T)
-    length = -(-T // chunks)
+    row = jax.ShapeDtypeStruct((1, hidden_BxTxD.shape[-1]), hidden_BxTxD.dtype)
+    leaves, tree = jax.tree.flatten(params)
+    used = _used_leaves(unembed, params, row)
 
-    def split(x: jax.Array) -> jax.Array:
-        """[B, T, ...] -> [chunks, B * length, ...], padded with zeros, so that the rows of a device stay there."""
-        x = jnp.pad(x, [(0, 0), (0, chunks * length - T)] + [(0, 0)] * (x.ndim - 2))
-        x = x.reshape(B, chunks, length, *x.shape[2:]).swapaxes(0, 1)
-        return x.reshape(chunks, B * length, *x.shape[3:])
+    def unembed_used(hidden_NxD: jax.Array, *used_leaves: jax.Array) -> jax.Array:
+        replaced = dict(zip(used, used_leaves, strict=True))
+        return unembed(tree.unflatten([replaced.get(i, x) for i, x in enumerate(leaves)]), hidden_NxD)
 
-    parts = (split(hidden_BxTxD), split(jnp.asarray(targets_BxT)), split(jnp.asarray(mask_BxT)))
-    # The parameters that `unembed` really uses, whatever the model's tree looks like, as arguments of their own.
-    unembed, params = jax.closure_convert(unembed, parts[0][0])
-    return _summed(unembed, z_weight, params, *parts)
+    b, t = _shape_on_device(hidden_BxTxD.shape[:2])
+    vocab_size = jax.eval_shape(unembed, params, row).shape[-1]
+    chunks = min(t, chunks or automatic_chunks(b * t, vocab_size))
+    local_sums = functools.partial(_local_sums, unembed_used, z_weight, chunks)
+    batch = (hidden_BxTxD, jnp.asarray(targets_BxT), jnp.asarray(mask_BxT))
+    return _chunked_sums(local_sums, z_weight, [leaves[i] for i in used], *batch)
+
+
+def _used_leaves(unembed: Callable, params: Params, hidden: jax.ShapeDtypeStruct) -> list[int]:
+    """The indices of the leaves of `params` on which the logits depend: only they have a gradient to accumulate."""
+    jaxpr = jax.make_jaxpr(unembed)(params, hidden).jaxpr
+    _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return [i for i in range(len(jax.tree.leaves(params))) if used[i]]
 
 
 def automatic_chunks(tokens: int, vocab_size: int) -> int:
-    """The parts, a power of two, that keep the logits of one on each device near CHUNK_BYTES; at most MAX_CHUNKS."""
-    logits_bytes = 4 * tokens * vocab_size / max(1, jax.sharding.get_abstract_mesh().size)
+    """The parts, a power of two, that keep the logits of one near CHUNK_BYTES on a device with `tokens` tokens."""
+    mesh = jax.sharding.get_abstract_mesh()
+    logits_bytes = 4 * tokens * vocab_size
+    if not mesh.empty:
+        logits_bytes /= math.prod(mesh.shape[axis] for axis in RULES["vocab"])
     chunks = 1
     while chunks < MAX_CHUNKS and logits_bytes > chunks * CHUNK_BYTES[platform()]:
         chunks *= 2
@@ -106,61 +121,105 @@ def automatic_chunks(tokens: int, vocab_size: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(
-    unembed: Unembed, z_weight: float, params: list[jax.Array], hidden: jax.Array, targets: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    def add(sums: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        hidden_NxD, targets_N, mask_N = part
-        return sums + _sums(unembed(hidden_NxD, *params), targets_N, mask_N)[0], None
-
-    nll, log_z_squared = _scan(add, jnp.zeros(2), (hidden, targets, mask))[0]
+def _chunked_sums(local_sums: Callable, z_weight: float, params: list, *batch: jax.Array) -> tuple[jax.Array, ...]:
+    (nll, log_z_squared), *_ = _on_each_device(local_sums, False)(params, *batch)
     return nll + z_weight * log_z_squared, nll, log_z_squared
 
 
-def _summed_forward(
-    unembed: Unembed, z_weight: float, params: list[jax.Array], hidden: jax.Array, targets: jax.Array, mask: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
-    def add(carry: Any, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-        sums, params_grad = carry
-        hidden_NxD, targets_N, mask_N = part
-        logits_NxV, pull = jax.vjp(unembed, hidden_NxD, *params)
-        part_sums, log_z_N = _sums(logits_NxV, targets_N, mask_N)
-        softmax_NxV = jnp.exp(logits_NxV - log_z_N[:, None])
-        scale_N = mask_N * (1.0 + 2.0 * z_weight * log_z_N)
-        logits_grad_NxV = scale_N[:, None] * softmax_NxV - jnp.where(
-            _is_target(logits_NxV, targets_N), mask_N[:, None], 0.0
-        )
-        hidden_grad_NxD, *part_grad = pull(logits_grad_NxV)
-        return (sums + part_sums, jax.tree.map(jnp.add, params_grad, part_grad)), hidden_grad_NxD
-
-    zeros = (jnp.zeros(2), [jnp.zeros_like(x) for x in params])
-    ((nll, log_z_squared), params_grad), hidden_grad = _scan(add, zeros, (hidden, targets, mask))
-    return (nll + z_weight * log_z_squared, nll, log_z_squared), (params_grad, hidden_grad)
+def _forward(local_sums: Callable, z_weight: float, params: list, *batch: jax.Array) -> tuple[Any, Any]:
+    (nll, log_z_squared), *grads = _on_each_device(local_sums, True)(params, *batch)
+    return (nll + z_weight * log_z_squared, nll, log_z_squared), grads
 
 
-def _summed_backward(unembed: Unembed, z_weight: float, grads: Any, cotangents: Any) -> tuple[Any, Any, None, None]:
+def _backward(local_sums: Callable, z_weight: float, grads: Any, cotangents: Any) -> tuple[Any, Any, None, None]:
     params_grad, hidden_grad = jax.tree.map(lambda x: (cotangents[0] * x).astype(x.dtype), grads)
     return params_grad, hidden_grad, None, None
 
 
-_summed.defvjp(_summed_forward, _summed_backward)
+_chunked_sums.defvjp(_forward, _backward)
 
 
-def _scan(add: Callable[[Any, Any], tuple[Any, Any]], zeros: Any, parts: tuple) -> tuple[Any, Any]:
-    """`jax.lax.scan` over the chunks, without a loop where there is only one."""
-    if len(parts[0]) > 1:
-        return jax.lax.scan(add, zeros, parts)
-    sums, y = add(zeros, jax.tree.map(lambda x: x[0], parts))
-    return sums, None if y is None else y[None]
+def _local_sums(
+    unembed: Callable[..., jax.Array],
+    z_weight: float,
+    chunks: int,
+    with_grads: bool,
+    params: list[jax.Array],
+    hidden_BxTxD: jax.Array,
+    targets_BxT: jax.Array,
+    mask_BxT: jax.Array,
+) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+    """([sum of nll, sum of log_z^2], and the gradients of nll + z_weight * log_z^2: of params, of hidden)."""
+
+    def add(carry: tuple[jax.Array, list[jax.Array]], chunk: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        sums, params_grad = carry
+        hidden_NxD, targets_N, mask_N = chunk
+        logits_NxV, pull = jax.vjp(unembed, hidden_NxD, *params)
+        log_z_N = jax.nn.logsumexp(logits_NxV, axis=-1)
+        # A comparison, not a gather: it works piece by piece where the vocabulary is split over devices.
+        is_target_NxV = jax.lax.broadcasted_iota(jnp.int32, logits_NxV.shape, 1) == targets_N[:, None]
+        nll_N = log_z_N - jnp.where(is_target_NxV, logits_NxV, 0.0).sum(-1)
+        sums += jnp.stack([(mask_N * nll_N).sum(), (mask_N * log_z_N**2).sum()])
+        if not with_grads:
+            return (sums, params_grad), None
+        softmax_NxV = jnp.exp(logits_NxV - log_z_N[:, None])
+        scale_N = mask_N * (1.0 + 2.0 * z_weight * log_z_N)
+        hidden_grad_NxD, *new = pull(scale_N[:, None] * softmax_NxV - jnp.where(is_target_NxV, mask_N[:, None], 0.0))
+        return (sums, jax.tree.map(jnp.add, params_grad, new)), hidden_grad_NxD
+
+    b, t, D = hidden_BxTxD.shape
+    length = math.ceil(t / chunks)
+
+    def split(x: jax.Array) -> jax.Array:
+        """[b, t, ...] -> [chunks, b * length, ...]: rows, since products of two dimensions are faster than of three."""
+        x = jnp.pad(x, [(0, 0), (0, chunks * length - t)] + [(0, 0)] * (x.ndim - 2))
+        x = x.reshape(b, chunks, length, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(chunks, b * length, *x.shape[3:])
+
+    zeros = (jnp.zeros(2), [jnp.zeros_like(x) for x in params] if with_grads else [])
+    parts = (split(hidden_BxTxD), split(targets_BxT), split(mask_BxT))
+    if chunks == 1:  # the compiler would keep a loop of one round
+        (sums, params_grad), hidden_grad = add(zeros, jax.tree.map(lambda x: x[0], parts))
+    else:
+        (sums, params_grad), hidden_grad = jax.lax.scan(add, zeros, parts)
+    if with_grads:
+        hidden_grad = hidden_grad.reshape(chunks, b, length, D).swapaxes(0, 1).reshape(b, chunks * length, D)[:, :t]
+    return sums, params_grad, hidden_grad
 
 
-def _sums(logits_NxV: jax.Array, targets_N: jax.Array, mask_N: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """([sum of nll, sum of log_z^2], log_z [N])."""
-    log_z_N = jax.nn.logsumexp(logits_NxV, axis=-1)
-    # A comparison, not a gather: it works piece by piece where the vocabulary is split over devices.
-    target_logit_N = jnp.where(_is_target(logits_NxV, targets_N), logits_NxV, 0.0).sum(-1)
-    return jnp.stack([(mask_N * (log_z_N - target_logit_N)).sum(), (mask_N * log_z_N**2).sum()]), log_z_N
+# -- devices ----------------------------------------------------------------------------------------------------------
 
 
-def _is_target(logits_NxV: jax.Array, targets_N: jax.Array) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, logits_NxV.shape, 1) == targets_N[:, None]
+def _on_each_device(local_sums: Callable, with_grads: bool) -> Callable:
+    """`local_sums` where each device has its part of the batch; the sums and the parameters' gradients are then added.
+
+    Written out because the compiler, left alone, gathers the parameters and adds their gradients over the devices once
+    for each chunk. Axes of the mesh that split the vocabulary are still the compiler's.
+    """
+    local_sums = functools.partial(local_sums, with_grads)
+    mesh, rows = jax.sharding.get_abstract_mesh(), _batch_spec()
+    axes = jax.tree.leaves(tuple(rows))
+    if mesh.empty or all(mesh.shape[axis] == 1 for axis in axes):
+        return local_sums
+
+    def summed(params: list[jax.Array], *batch: jax.Array) -> tuple[Any, ...]:
+        sums, params_grad, hidden_grad = local_sums(params, *batch)
+        return *jax.lax.psum((sums, params_grad), axes), hidden_grad
+
+    whole = PartitionSpec()
+    return jax.shard_map(
+        summed,
+        in_specs=(whole, rows, rows, rows),
+        out_specs=(whole, whole, rows if with_grads else whole),
+        axis_names=set(axes),
+        check_vma=False,
+    )
+
+
+def _batch_spec() -> PartitionSpec:
+    return partition_spec(("batch", "length"), "batch")
+
+
+def _shape_on_device(shape: tuple[int, ...]) -> tuple[int, ...]:
+    mesh = jax.sharding.get_abstract_mesh()
+    return shape if mesh.empty else NamedSharding(mesh, _batch_spec()).shard_shape(shape)
