@@ -16,13 +16,13 @@ from gptjax.training.plots import plot_curves
 from gptjax.training.rundir import RunDir
 
 MOST_TO_COMPRESS = 32 << 20  # bytes; xz takes about a second for each million
-SAMPLE_TOKENS = 200
+PROMPT_TOKENS, SAMPLE_TOKENS = 32, 160
 
 
 def summarise(finished: Finished, workdir: str, *, as_json: bool = False) -> int:
     """Prints the end of a training, writes its sample and its curves, and returns the exit status, 0."""
     rundir, val, store = RunDir(workdir), finished.val, finished.eval_store
-    sample = _sample(finished)
+    prompt, sample = _sample(finished)
     if jax.process_index() != 0:
         return 0
     sizes = {"this model": val["val_bits_per_byte"]}
@@ -30,13 +30,13 @@ def summarise(finished: Finished, workdir: str, *, as_json: bool = False) -> int
         sizes |= compressed_bits_per_byte(_text(store, finished.tokenizer))
     sample_file = rundir.samples / f"{finished.step}.txt"
     sample_file.parent.mkdir(parents=True, exist_ok=True)
-    sample_file.write_text(sample + "\n")
+    sample_file.write_text(prompt + sample + "\n")
 
     print(f"\ndone: {finished.step:,} steps, validation loss {val['val_loss']:.4f} nats per token")
     print(f"\nbits per byte of the validation text ({store.num_bytes:,} bytes):")
     print(_indented(comparison_table(sizes)))
-    print("\na sample, from the start of a document:")
-    print(_indented(sample, "  │ "))
+    print(f"\nthe model goes on from the first {PROMPT_TOKENS} tokens of the validation text:")
+    print(_indented(prompt, "  > ") + "\n" + _indented(sample, "  │ "))
     print(f"\ncurves       {plot_curves(rundir.path)}")
     print(f"checkpoints  {rundir.checkpoints}")
     print(f"metrics      {rundir.metrics_file}")
@@ -49,20 +49,24 @@ def summarise(finished: Finished, workdir: str, *, as_json: bool = False) -> int
     return 0
 
 
-def _sample(finished: Finished) -> str:
-    config = finished.program.config
+def _sample(finished: Finished) -> tuple[str, str]:
+    """(the beginning of the validation text, what the model makes of it)."""
+    config, tokenizer = finished.program.config, finished.tokenizer
+    ids = np.empty(min(PROMPT_TOKENS, config.data.seq_len // 2), np.int32)
+    finished.eval_store.streams[0].read(0, ids)
+    prompt = tokenizer.decode(ids)
     with jax.set_mesh(finished.program.mesh):
         [text] = sample_text(
             finished.program.model,
             finished.params,
-            finished.tokenizer,
-            "",
-            max_new_tokens=min(SAMPLE_TOKENS, config.data.seq_len - 1),
+            tokenizer,
+            prompt,
+            max_new_tokens=min(SAMPLE_TOKENS, config.data.seq_len // 2 - 1),
             context=context_length(config),
             sampling=SamplingConfig(temperature=0.8, top_p=0.95),
             seed=config.train.seed,
         )
-    return text
+    return prompt, text
 
 
 def _text(store: TokenStore, tokenizer: Tokenizer) -> bytes:
