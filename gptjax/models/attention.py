@@ -8,13 +8,19 @@ choose between traced kernels (see gpt.py).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from gptjax.errors import UsageError
 from gptjax.models.layers import platform
+from gptjax.sharding import partition_spec
+
+SPLASH_LANES = 128  # splash attention works on blocks of so many tokens, or a multiple
 
 Mask = jax.Array  # bool, True where a query may see a key; broadcasts against [B, T, S]
 
@@ -35,6 +41,8 @@ def attend(
     """
     if kernel == "auto":
         kernel = DEFAULT_KERNELS.get(platform(), "xla")
+    if (kernel == "cudnn" and platform() != "gpu") or (kernel == "splash" and platform() == "gpu"):
+        raise UsageError(f"model.attention={kernel!r}: no kernel for {platform()}; valid: auto, xla")
     q_BxTxHxK = q_BxTxHxK * q_BxTxHxK.shape[-1] ** -0.5
     return KERNELS[kernel](q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, window, segment_ids_BxT)
 
@@ -106,5 +114,70 @@ def _attend_block(q_BxGxRxTxK: jax.Array, k_BxGxSxK: jax.Array, v_BxGxSxK: jax.A
     return jnp.einsum("bgts,bgsk->bgtk", probs, v_BxGxSxK).reshape(B, G, R, T, K)
 
 
-KERNELS: dict[str, Callable[..., jax.Array]] = {"xla": _attend_xla}
-DEFAULT_KERNELS: dict[str, str] = {}
+def _attend_cudnn(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, window, segment_ids_BxT):
+    """cuDNN's flash attention, which there is for 16-bit types only; others take the XLA kernel."""
+    if q_BxTxHxK.dtype == jnp.float32:
+        return _attend_xla(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, window, segment_ids_BxT)
+    same_segment = None
+    if segment_ids_BxT is not None:
+        same_segment = segment_ids_BxT[:, None, :, None] == segment_ids_BxT[:, None, None, :]
+    return jax.nn.dot_product_attention(
+        q_BxTxHxK,
+        k_BxTxGxK,
+        v_BxTxGxK,
+        mask=same_segment,
+        scale=1.0,
+        is_causal=True,
+        local_window_size=(window - 1, 0) if window else None,
+        implementation="cudnn",
+    )
+
+
+def _attend_splash(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, window, segment_ids_BxT):
+    """JAX's splash attention, a Pallas kernel for TPUs; windows that its blocks do not divide take the XLA kernel."""
+    T = q_BxTxHxK.shape[1]
+    if T % SPLASH_LANES:
+        return _attend_xla(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, window, segment_ids_BxT)
+    mesh = jax.sharding.get_abstract_mesh()
+    local = functools.partial(_splash_on_one_device, window)
+    if mesh.empty:
+        return local(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, segment_ids_BxT)
+    # The compiler cannot split a kernel's call, so each device is given its rows and heads.
+    q_spec = partition_spec(("batch", "length", "heads", "head_dim"))
+    kv_spec = partition_spec(("batch", "length", "kv_heads", "head_dim"))
+    segment_spec = partition_spec(("batch", "length"))
+    sharded = jax.shard_map(local, in_specs=(q_spec, kv_spec, kv_spec, segment_spec), out_specs=q_spec, check_vma=False)
+    return sharded(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, segment_ids_BxT)
+
+
+def _splash_on_one_device(window, q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, segment_ids_BxT):
+    # Imported here: Pallas is slow to import, and needed on TPUs only.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    T, H = q_BxTxHxK.shape[1:3]
+    shape = (T, T)
+    if window:
+        mask = splash_attention_mask.LocalMask(shape, (window - 1, 0), 0)
+    else:
+        mask = splash_attention_mask.CausalMask(shape)
+    block = next(size for size in (512, 256, SPLASH_LANES) if T % size == 0)
+    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    sizes: dict[str, Any] = dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block)
+    kernel = splash_attention_kernel.make_splash_mha_single_device(
+        splash_attention_mask.MultiHeadMask([mask] * H),
+        block_sizes=splash_attention_kernel.BlockSizes(**sizes),
+        interpret=platform() == "cpu",  # slow, and good for tests
+    )
+
+    def row(q_TxHxK, k_TxGxK, v_TxGxK, segment_ids_T):
+        segments = None
+        if segment_ids_T is not None:
+            segments = splash_attention_kernel.SegmentIds(segment_ids_T, segment_ids_T)
+        heads_first = (x.swapaxes(0, 1) for x in (q_TxHxK, k_TxGxK, v_TxGxK))
+        return kernel(*heads_first, segment_ids=segments).swapaxes(0, 1)
+
+    return jax.vmap(row)(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, segment_ids_BxT)
+
+
+KERNELS: dict[str, Callable[..., jax.Array]] = {"xla": _attend_xla, "cudnn": _attend_cudnn, "splash": _attend_splash}
+DEFAULT_KERNELS = {"cpu": "xla", "gpu": "cudnn", "tpu": "splash"}

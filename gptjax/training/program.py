@@ -6,7 +6,6 @@ planned is what runs.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -54,8 +53,7 @@ def build(config: Config, mesh: Mesh) -> Program:
     optimizer = make_optimizer(config.optim, logical_axes(boxed_params(model)))
     loss_fn = OBJECTIVES[t.objective](model, config)
     ema = t.ema_decay > 0
-    with jax.set_mesh(mesh):
-        state = abstract_state(model, optimizer, mesh, ema=ema)
+    state = abstract_state(model, optimizer, mesh, ema=ema)
     state_places = jax.tree.map(lambda x: x.sharding, state)
     batch = _abstract_batch(config, mesh)
     batch_places = jax.tree.map(lambda x: x.sharding, batch)
@@ -73,9 +71,8 @@ def build(config: Config, mesh: Mesh) -> Program:
         model=model,
         state=state,
         batch=batch,
-        init=jax.jit(
-            functools.partial(init_state, model, optimizer, jax.random.key(t.seed), ema=ema), out_shardings=state_places
-        ),
+        # The key is made inside, since outside it would be computed on the devices of a mesh that may not be here.
+        init=jax.jit(lambda: init_state(model, optimizer, jax.random.key(t.seed), ema=ema), out_shardings=state_places),
         train_step=jax.jit(
             train_step,
             in_shardings=(state_places, batch_places),

@@ -19,7 +19,7 @@ from gptjax.types import Key, Model, Params, TrainState
 
 def boxed_params(model: Model) -> Params:
     """The abstract parameters of `model`, boxed with their logical axes."""
-    return jax.eval_shape(model.init, jax.random.key(0))
+    return jax.eval_shape(lambda: model.init(jax.random.key(0)))
 
 
 def init_state(model: Model, optimizer: optax.GradientTransformation, key: Key, *, ema: bool = False) -> TrainState:
@@ -39,7 +39,7 @@ def abstract_state(
     (counts, Adafactor's rows and columns) are small and replicated.
     """
     placed = shardings(boxed_params(model), mesh)
-    shapes = jax.eval_shape(lambda key: init_state(model, optimizer, key, ema=ema), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0), ema=ema))
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def place(leaf: Any, sharding: NamedSharding) -> Any:
