@@ -174,7 +174,8 @@ def _splash_on_one_device(window, q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, segment_ids_B
         if segment_ids_T is not None:
             segments = splash_attention_kernel.SegmentIds(segment_ids_T, segment_ids_T)
         heads_first = (x.swapaxes(0, 1) for x in (q_TxHxK, k_TxGxK, v_TxGxK))
-        return kernel(*heads_first, segment_ids=segments).swapaxes(0, 1)
+        out_HxTxK: Any = kernel(*heads_first, segment_ids=segments)
+        return out_HxTxK.swapaxes(0, 1)
 
     return jax.vmap(row)(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, segment_ids_BxT)
 
