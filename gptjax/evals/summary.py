@@ -35,7 +35,7 @@ def summarise(finished: Finished, workdir: str, *, as_json: bool = False) -> int
     print(f"\ndone: {finished.step:,} steps, validation loss {val['val_loss']:.4f} nats per token")
     print(f"\nbits per byte of the validation text ({store.num_bytes:,} bytes):")
     print(_indented(comparison_table(sizes)))
-    print(f"\nthe model goes on from the first {PROMPT_TOKENS} tokens of the validation text:")
+    print(f"\nthe model goes on from a passage of the validation text:")
     print(_indented(prompt, "  > ") + "\n" + _indented(sample, "  │ "))
     print(f"\ncurves       {plot_curves(rundir.path)}")
     print(f"checkpoints  {rundir.checkpoints}")
@@ -50,10 +50,11 @@ def summarise(finished: Finished, workdir: str, *, as_json: bool = False) -> int
 
 
 def _sample(finished: Finished) -> tuple[str, str]:
-    """(the beginning of the validation text, what the model makes of it)."""
+    """(a passage from the middle of the validation text, how the model goes on)."""
     config, tokenizer = finished.program.config, finished.tokenizer
     ids = np.empty(min(PROMPT_TOKENS, config.data.seq_len // 2), np.int32)
-    finished.eval_store.streams[0].read(0, ids)
+    stream = finished.eval_store.streams[0]
+    stream.read(stream.num_tokens // 2, ids)
     prompt = tokenizer.decode(ids)
     with jax.set_mesh(finished.program.mesh):
         [text] = sample_text(
