@@ -35,7 +35,7 @@ def summarise(finished: Finished, workdir: str, *, as_json: bool = False) -> int
     print(f"\ndone: {finished.step:,} steps, validation loss {val['val_loss']:.4f} nats per token")
     print(f"\nbits per byte of the validation text ({store.num_bytes:,} bytes):")
     print(_indented(comparison_table(sizes)))
-    print(f"\nthe model goes on from a passage of the validation text:")
+    print("\nthe model goes on from a passage of the validation text:")
     print(_indented(prompt, "  > ") + "\n" + _indented(sample, "  │ "))
     print(f"\ncurves       {plot_curves(rundir.path)}")
     print(f"checkpoints  {rundir.checkpoints}")
