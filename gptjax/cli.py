@@ -22,6 +22,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from gptjax import config as config_lib
+from gptjax.allocator import restart_with_large_pages
 from gptjax.config import Config, from_json, validate
 from gptjax.errors import RunError, UsageError
 
@@ -44,6 +45,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
 
     A UsageError ends with status 2 and a RunError with status 1, each with its one line on stderr.
     """
+    restart_with_large_pages()
     overrides, rest = _split(sys.argv)
     doc = (sys.modules["__main__"].__doc__ or "").strip()
 

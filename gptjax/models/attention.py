@@ -15,12 +15,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.errors import UsageError
-from gptjax.models.layers import platform
+from gptjax.models.layers import platform, recomputed
 from gptjax.sharding import partition_spec
 
 SPLASH_LANES = 128  # splash attention works on blocks of so many tokens, or a multiple
+
+SAVED_NAME = "attention"  # under which rematerialisation knows the results of attention
 
 Mask = jax.Array  # bool, True where a query may see a key; broadcasts against [B, T, S]
 
@@ -44,7 +47,8 @@ def attend(
     if (kernel == "cudnn" and platform() != "gpu") or (kernel == "splash" and platform() == "gpu"):
         raise UsageError(f"model.attention={kernel!r}: no kernel for {platform()}; valid: auto, xla")
     q_BxTxHxK = q_BxTxHxK * q_BxTxHxK.shape[-1] ** -0.5
-    return KERNELS[kernel](q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, window, segment_ids_BxT)
+    out = KERNELS[kernel](q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, window, segment_ids_BxT)
+    return checkpoint_name(out, SAVED_NAME)
 
 
 def attend_cached(
@@ -77,7 +81,8 @@ def _attend_xla(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, window, segment_ids_BxT):
             mask &= distance_TxS < window
         if segment_ids_BxT is not None:
             mask = mask & (segment_ids_BxT[:, rows, None] == segment_ids_BxT[:, None, keys])
-        parts.append(_attend_block(q[:, :, :, rows], k[:, :, keys], v[:, :, keys], mask))
+        # Recomputed: the probabilities of all heads are the largest thing in a block of the network.
+        parts.append(recomputed(_attend_block)(q[:, :, :, rows], k[:, :, keys], v[:, :, keys], mask))
     return _join_heads(parts)
 
 
@@ -167,6 +172,7 @@ def _splash_on_one_device(window, q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, segment_ids_B
         splash_attention_mask.MultiHeadMask([mask] * H),
         block_sizes=splash_attention_kernel.BlockSizes(**sizes),
         interpret=platform() == "cpu",  # slow, and good for tests
+        residual_checkpoint_name=SAVED_NAME,
     )
 
     def row(q_TxHxK, k_TxGxK, v_TxGxK, segment_ids_T):

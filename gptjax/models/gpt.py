@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UsageError
-from gptjax.models.attention import attend, attend_cached
+from gptjax.models.attention import SAVED_NAME, attend, attend_cached
 from gptjax.models.layers import (
     Dense,
     Mlp,
@@ -130,7 +130,7 @@ class Block(nn.Module):
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the products with weights
-        jax.checkpoint_policies.save_only_these_names("attention"),
+        jax.checkpoint_policies.save_only_these_names(SAVED_NAME),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }

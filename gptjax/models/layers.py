@@ -8,6 +8,7 @@ on a laptop for a TPU pod takes the pod's forms.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -65,6 +66,14 @@ def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax
     return y if bias is None else y + bias.astype(x.dtype)
 
 
+def recomputed(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`fn`, of which the backward pass keeps the arguments alone: for what costs less to repeat than to remember.
+
+    The derivative of GELU wants a tanh, that of a norm the centred values; each is as large as the activations.
+    """
+    return jax.checkpoint(fn)
+
+
 class Dense(nn.Module):
     """A linear map from `in_shape` to `out_shape`; `axes` names the dimensions of both, in that order."""
 
@@ -119,7 +128,7 @@ class Norm(nn.Module):
         # An RMSNorm has no shift: its point is to leave the mean alone.
         has_bias = self.bias and self.kind == "layernorm"
         bias = param(self, "bias", shape, axes, nn.initializers.zeros) if has_bias else None
-        return NORMS[self.kind](x, scale, bias, self.eps)
+        return recomputed(NORMS[self.kind])(x, scale, bias, self.eps)
 
 
 def relu2(x: jax.Array) -> jax.Array:
@@ -150,9 +159,10 @@ class Mlp(nn.Module):
         if c.activation in GATED:
             # One product for gate and value; their axis of 2 comes before F, so that tensor parallelism splits both.
             up = Dense((D,), (2, F), ("embed", None, "mlp"), c.init_scale, c.bias, name="up")(x_BxTxD)
-            h_BxTxF = activation(up[:, :, 0]) * up[:, :, 1]
+            h_BxTxF = recomputed(lambda gate, value: activation(gate) * value)(up[:, :, 0], up[:, :, 1])
         else:
-            h_BxTxF = activation(Dense((D,), (F,), ("embed", "mlp"), c.init_scale, c.bias, name="up")(x_BxTxD))
+            up = Dense((D,), (F,), ("embed", "mlp"), c.init_scale, c.bias, name="up")(x_BxTxD)
+            h_BxTxF = recomputed(activation)(up)
         return Dense((F,), (D,), ("mlp", "embed"), residual_scale(c), c.bias, name="down")(h_BxTxF)
 
 

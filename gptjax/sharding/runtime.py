@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pathlib
-import sys
 
 import jax
 
@@ -17,22 +15,3 @@ def start(cache_dir: str = "") -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Lets malloc keep large blocks that are freed, where it is glibc's.
-
-    XLA's CPU backend asks malloc for the temporaries of each step, and glibc gives blocks of that size back to the
-    system each time: then a fifth of a small network's step is page faults.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # another C library
-        return
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # the numbers that malloc.h gives them
-    largest = 2**31 - 1
-    mallopt(mmap_threshold, largest)
-    mallopt(trim_threshold, largest)
-    mallopt(top_pad, 256 << 20)
