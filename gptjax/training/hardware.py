@@ -92,7 +92,9 @@ def _measured_flops(dtype: str, seconds: float = 0.3) -> float:
     Not the median, which is the machine's peak only while nothing else runs on it.
     """
     cpu = jax.local_devices(backend="cpu")[0]
-    return max(_measured_product(cpu, dtype, rows, 512, seconds / 2) for rows in (512, 4096))
+    # A mesh of its own: the caller's may have more devices than the product runs on.
+    with jax.set_mesh(jax.sharding.Mesh([cpu], ("alone",))):
+        return max(_measured_product(cpu, dtype, rows, 512, seconds / 2) for rows in (512, 4096))
 
 
 def _measured_product(device: jax.Device, dtype: str, rows: int, size: int, seconds: float) -> float:

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from gptjax.training.hardware import device_memory, known_peak_flops, peak_flops
+from gptjax.training.hardware import _measured_flops, device_memory, known_peak_flops, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,12 @@ def test_the_cpu_is_measured_once_and_shared_out():
     assert one == peak_flops(jax.devices()[-1], "float32")
     assert one is not None
     assert 1e9 < one * len(jax.devices()) < 1e14
+
+
+def test_the_cpu_is_measured_inside_a_mesh_of_many_devices():
+    _measured_flops.cache_clear()
+    with jax.set_mesh(jax.make_mesh((len(jax.devices()),), ("data",))):
+        assert peak_flops(jax.devices()[0], "float32")
 
 
 def test_device_memory_grows_with_what_is_held():
