@@ -33,8 +33,9 @@ class Profile:
         """To be called when `step` was dispatched; waits for its `result` where it is the last one to trace."""
         if self._running and self._steps is not None and step >= self._steps[1]:
             jax.block_until_ready(result)
+            first, last = self._steps
             self._stop()
-            print(f"profile of steps {self._steps[0]} to {self._steps[1]}: {self._folder}", flush=True)
+            print(f"profile of steps {first} to {last}: {self._folder}", flush=True)
 
     def _stop(self) -> None:
         self._running = False
