@@ -76,6 +76,7 @@ def products(jaxpr):
         {},
         {"activation": "swiglu", "num_kv_heads": 2, "head_dim": 24, "mlp_dim": 100, "tie_embeddings": False},
         {"positions": "rope", "norm": "rmsnorm", "qk_norm": True, "bias": False, "unroll": "yes"},
+        {"remat": "dots"},  # keeps what every product with a weight and attention gave
     ],
 )
 def test_the_formula_counts_what_the_step_multiplies(change):
